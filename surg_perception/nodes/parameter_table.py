@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every node parameter, declared once.
+
+The nodes declare from here (so `ros2 param describe` says what stands here); config/pipeline.yaml and
+docs/parameters.md are written from here by scripts/write_parameter_files.py, and a test compares them.
+This module imports no ROS.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from surg_perception.stream.image_decode import MAX_PIXELS
+
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a node.
+
+    live: may be set while the node is configured. Any other parameter is read at configure, and setting it
+    in the states inactive and active is refused with a reason, so that what runs is what the parameters say.
+    """
+
+    name: str
+    default: Value
+    description: str
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+    live: bool = False
+
+    def fault(self, value: object) -> str | None:
+        """Why value cannot be used, or None. An int is taken for a float."""
+        expected = type(self.default)
+        fits = isinstance(value, expected) and not (expected is int and isinstance(value, bool))
+        if expected is float and isinstance(value, int) and not isinstance(value, bool):
+            fits = True
+        if not fits:
+            return f"{self.name} is {value!r} ({type(value).__name__}), expected {expected.__name__}"
+        if self.choices and value not in self.choices:
+            return f"{self.name} is {value!r}, expected one of: {', '.join(self.choices)}"
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low = -math.inf if self.minimum is None else self.minimum
+            high = math.inf if self.maximum is None else self.maximum
+            if not low <= value <= high:
+                return f"{self.name} is {value}, expected {low:g} to {high:g}"
+        return None
+
+
+@dataclass(frozen=True)
+class ParameterTable:
+    """The parameters of one node and the rules between them."""
+
+    node: str
+    parameters: tuple[Parameter, ...]
+    ordered: tuple[tuple[str, str], ...] = ()
+    """Pairs (a, b) of names for which a <= b must hold."""
+
+    def __getitem__(self, name: str) -> Parameter:
+        for parameter in self.parameters:
+            if parameter.name == name:
+                return parameter
+        raise KeyError(name)
+
+    def __contains__(self, name: str) -> bool:
+        return any(parameter.name == name for parameter in self.parameters)
+
+    @property
+    def defaults(self) -> dict[str, Value]:
+        """Name to default value, in the order of the table."""
+        return {parameter.name: parameter.default for parameter in self.parameters}
+
+    def fault(self, values: dict[str, Any]) -> str | None:
+        """Why this full set of values cannot be used together, or None."""
+        for parameter in self.parameters:
+            reason = parameter.fault(values[parameter.name])
+            if reason:
+                return reason
+        for low, high in self.ordered:
+            if values[low] > values[high]:
+                return f"{low} is {values[low]:g}, expected at most {high} ({values[high]:g})"
+        return None
+
+
+_TRANSPORT = Parameter(
+    "input.transport",
+    "raw",
+    "Which topic to subscribe to: 'raw' is image (sensor_msgs/Image), 'compressed' is image/compressed "
+    "(sensor_msgs/CompressedImage).",
+    choices=("raw", "compressed"),
+)
+_RELIABILITY = Parameter(
+    "input.reliability",
+    "best_effort",
+    "QoS of the image subscription. 'best_effort' connects to every publisher; 'match' takes that of the "
+    "publisher found at activation (best_effort if there is none yet).",
+    choices=("best_effort", "reliable", "match"),
+)
+_MAX_PIXELS = Parameter(
+    "input.max_pixels",
+    MAX_PIXELS,
+    "Larger images are refused with an error (guards memory against a wrong header; 8K is 33 million).",
+    minimum=1,
+    maximum=2**31 - 1,
+)
+
+PHASE = ParameterTable(
+    "phase",
+    (
+        Parameter(
+            "model.path",
+            "gsvit_m0_phantom",
+            "Model: a name that `surg-perception models list` shows, a model folder, or a path to an ONNX file.",
+        ),
+        Parameter(
+            "model.verify",
+            True,
+            "Check the model file's sha256 against its card at configure.",
+        ),
+        Parameter(
+            "runtime.backend",
+            "auto",
+            "Inference engine; 'auto' takes the best that truly runs on this machine and says which.",
+            choices=("auto", "tensorrt", "openvino", "onnxruntime", "torch"),
+        ),
+        Parameter(
+            "runtime.precision",
+            "fp32",
+            "Arithmetic of the network, checked against fp32 on sample frames at configure.",
+            choices=("fp32", "bf16"),
+        ),
+        Parameter(
+            "runtime.allow_fallback",
+            True,
+            "Where the asked backend or precision does not run or does not agree with fp32: true takes the next "
+            "best and warns, false makes configure fail.",
+        ),
+        Parameter(
+            "runtime.threads",
+            0,
+            "CPU threads of the backend; 0 leaves the choice to the runtime.",
+            minimum=0,
+            maximum=256,
+        ),
+        _TRANSPORT,
+        _RELIABILITY,
+        Parameter(
+            "input.depth",
+            4,
+            "Images that the middleware may hold for the node; the mailbox behind it keeps the newest one only, "
+            "so this adds no delay.",
+            minimum=1,
+            maximum=100,
+        ),
+        _MAX_PIXELS,
+        Parameter(
+            "input.warn_after_s",
+            5.0,
+            "Warn when no image has arrived for so long, naming topic, type and QoS of what publishes there.",
+            minimum=0.5,
+            maximum=3600.0,
+            live=True,
+        ),
+        Parameter(
+            "filter.time_constant_s",
+            1.0,
+            "Time constant of the causal smoothing of the phase probabilities; 0 turns it off.",
+            minimum=0.0,
+            maximum=600.0,
+            live=True,
+        ),
+        Parameter(
+            "filter.switch_margin",
+            0.1,
+            "Hysteresis: a new phase must exceed the published one by this probability to replace it.",
+            minimum=0.0,
+            maximum=1.0,
+            live=True,
+        ),
+        Parameter(
+            "filter.hold_s",
+            0.5,
+            "Hysteresis: for so long without a break, before the published phase changes.",
+            minimum=0.0,
+            maximum=600.0,
+            live=True,
+        ),
+        Parameter(
+            "filter.reset_gap_s",
+            10.0,
+            "A gap between image stamps longer than this starts the filter anew.",
+            minimum=0.1,
+            maximum=86400.0,
+            live=True,
+        ),
+        Parameter(
+            "state.uncertain_below",
+            0.5,
+            "State UNCERTAIN when the confidence is below this.",
+            minimum=0.0,
+            maximum=1.0,
+            live=True,
+        ),
+        Parameter(
+            "state.max_age_s",
+            0.5,
+            "State STALE when the image is older than this at publication, by the node's clock.",
+            minimum=0.001,
+            maximum=3600.0,
+            live=True,
+        ),
+        Parameter(
+            "state.no_signal_after_s",
+            0.5,
+            "State NO_SIGNAL when no image has been processed for so long. Set it above the longest interval "
+            "between images.",
+            minimum=0.05,
+            maximum=3600.0,
+            live=True,
+        ),
+        Parameter(
+            "output.deadline_s",
+            1.0,
+            "Deadline that the phase publisher offers; NO_SIGNAL is repeated so that it holds while the node "
+            "lives. A controller that asks for the same deadline is told when the node falls silent.",
+            minimum=0.1,
+            maximum=3600.0,
+        ),
+        Parameter("latent.publish", True, "Publish the latent features.", live=True),
+        Parameter(
+            "latent.pooled",
+            False,
+            "Publish the mean over the 4x4 grid (one value per channel) instead of the whole latent.",
+            live=True,
+        ),
+        Parameter(
+            "latent.max_rate_hz",
+            0.0,
+            "Publish latents at most this often, by image stamp; 0: with every phase.",
+            minimum=0.0,
+            maximum=1000.0,
+            live=True,
+        ),
+        Parameter(
+            "diagnostics.slow_frame_ms",
+            100.0,
+            "A frame whose time from reception to publication exceeds this is slow: diagnostics show WARN for one, "
+            "ERROR for a run of them.",
+            minimum=1.0,
+            maximum=60000.0,
+            live=True,
+        ),
+    ),
+    ordered=(("state.no_signal_after_s", "output.deadline_s"),),
+)
+
+OVERLAY = ParameterTable(
+    "overlay",
+    (
+        _TRANSPORT,
+        _RELIABILITY,
+        _MAX_PIXELS,
+        Parameter(
+            "max_rate_hz",
+            10.0,
+            "Draw at most so many pictures a second; the rest are skipped before they cost anything.",
+            minimum=0.1,
+            maximum=120.0,
+            live=True,
+        ),
+        Parameter(
+            "max_width",
+            1280,
+            "Wider images are scaled down before drawing.",
+            minimum=64,
+            maximum=7680,
+        ),
+        Parameter("jpeg_quality", 80, "JPEG quality of the overlay topic.", minimum=1, maximum=100, live=True),
+        Parameter(
+            "record.video_path",
+            "",
+            "Write the overlay to this MP4 file; empty: nothing is written. Video is patient data.",
+        ),
+        Parameter(
+            "record.image_path",
+            "",
+            "Write the newest overlay to this PNG file once a second and at deactivation; empty: nothing is "
+            "written. Video is patient data.",
+        ),
+    ),
+)
+
+SOURCE = ParameterTable(
+    "source",
+    (
+        Parameter(
+            "source",
+            "phantom",
+            "What to publish: 'phantom' (or 'phantom:seed=3,duration_s=60'), a video file, or a folder of images.",
+        ),
+        Parameter(
+            "output.transport",
+            "raw",
+            "Publish image (raw), image/compressed (JPEG), or both.",
+            choices=("raw", "compressed", "both"),
+        ),
+        Parameter(
+            "output.encoding",
+            "bgr8",
+            "Encoding of raw images.",
+            choices=("bgr8", "rgb8", "bgra8", "rgba8", "mono8"),
+        ),
+        Parameter(
+            "output.reliability",
+            "reliable",
+            "QoS of the image publisher; a reliable publisher serves best-effort subscribers too.",
+            choices=("reliable", "best_effort"),
+        ),
+        Parameter("output.jpeg_quality", 90, "JPEG quality of image/compressed.", minimum=1, maximum=100),
+        Parameter("width", 0, "Picture width in pixels; 0: as the source has it (phantom: 854).", 0, 7680),
+        Parameter("height", 0, "Picture height in pixels; 0: as the source has it (phantom: 480).", 0, 4320),
+        Parameter(
+            "rate_hz",
+            0.0,
+            "Pictures a second; 0: as the source has it (phantom: 25, folder of images: 1).",
+            minimum=0.0,
+            maximum=240.0,
+        ),
+        Parameter("duration_s", 120.0, "Length of the phantom's procedure.", minimum=1.0, maximum=86400.0),
+        Parameter("seed", 0, "Which phantom patient.", minimum=0, maximum=2**31 - 1),
+        Parameter("loop", False, "Start again at the end; stamps go on."),
+        Parameter("frame_id", "endoscope", "frame_id of the published images."),
+    ),
+)
+
+TABLES = {table.node: table for table in (PHASE, OVERLAY, SOURCE)}
