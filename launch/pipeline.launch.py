@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline: endoscope images in, surgical phase and latent features out.
+
+    ros2 launch surg_perception pipeline.launch.py image:=/endoscope/left/image_raw model:=/models/my_gsvit
+
+Starts `phase`, on request `overlay` (pictures to look at) and `source` (a video or the phantom instead of a camera),
+and brings their lifecycles up in that order: images flow only when everything that reads them is ready.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from ament_index_python.packages import get_package_share_directory
+from launch import LaunchContext, LaunchDescription
+from launch.actions import (
+    DeclareLaunchArgument,
+    EmitEvent,
+    LogInfo,
+    OpaqueFunction,
+    RegisterEventHandler,
+    SetEnvironmentVariable,
+)
+from launch.entity import Entity
+from launch.event_handler import EventHandler
+from launch.event_handlers import OnProcessStart
+from launch.events import matches_action
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import LifecycleNode
+from launch_ros.events.lifecycle import ChangeState, StateTransition
+from lifecycle_msgs.msg import Transition
+
+SHARE = Path(get_package_share_directory("surg_perception"))
+PROFILE = SHARE / "config" / "fastdds_large_images.xml"
+PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+
+# glibc gives large freed blocks back to the kernel at once; each image then costs 6 MB of page faults again.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+
+AS_PARAMS_FILE = "(empty: as in params_file)"
+
+# name, default, description, choices
+ARGUMENTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("namespace", "surg_perception", "Namespace of all nodes, e.g. one per arm or operating room.", ()),
+    (
+        "image",
+        "image",
+        "Topic of the endoscope images (sensor_msgs/Image); compressed images are expected at <image>/compressed.",
+        (),
+    ),
+    ("transport", "raw", "Which of the two the nodes subscribe to.", ("raw", "compressed")),
+    ("params_file", str(SHARE / "config" / "pipeline.yaml"), "Parameters of all nodes (YAML).", ()),
+    (
+        "model",
+        "",
+        f"Model name (`surg-perception models list`), model folder or ONNX file {AS_PARAMS_FILE}.",
+        (),
+    ),
+    (
+        "backend",
+        "",
+        f"Inference engine {AS_PARAMS_FILE}.",
+        ("", "auto", "tensorrt", "openvino", "onnxruntime", "torch"),
+    ),
+    ("precision", "", f"Arithmetic of the network {AS_PARAMS_FILE}.", ("", "fp32", "bf16")),
+    (
+        "allow_fallback",
+        "",
+        f"false: configure fails where backend or precision cannot run as asked {AS_PARAMS_FILE}.",
+        ("", "true", "false"),
+    ),
+    (
+        "source",
+        "",
+        "Instead of a camera: 'phantom', a video file, or a folder of images. Empty: no source node.",
+        (),
+    ),
+    ("source_width", "", f"Picture width of the source {AS_PARAMS_FILE}.", ()),
+    ("source_height", "", f"Picture height of the source {AS_PARAMS_FILE}.", ()),
+    ("source_rate_hz", "", f"Pictures a second of the source {AS_PARAMS_FILE}.", ()),
+    ("source_duration_s", "", f"Length of the phantom's procedure {AS_PARAMS_FILE}.", ()),
+    ("source_seed", "", f"Which phantom patient {AS_PARAMS_FILE}.", ()),
+    ("source_loop", "", f"Start the source again at its end {AS_PARAMS_FILE}.", ("", "true", "false")),
+    ("overlay", "false", "Start the overlay node (pictures with the phase drawn on).", ("true", "false")),
+    ("overlay_video", "", "Write the overlay to this MP4 file. Video is patient data. Empty: not written.", ()),
+    ("overlay_image", "", "Write the newest overlay to this PNG file. Empty: not written.", ()),
+    ("use_sim_time", "false", "Use /clock (bag replay with --clock).", ("true", "false")),
+    ("respawn", "false", "Restart a node that died, and bring it up again.", ("true", "false")),
+    ("log_level", "info", "Log level of the nodes.", ("debug", "info", "warn", "error")),
+    (
+        "dds_profile",
+        "true",
+        "Load the package's Fast DDS profile and allocator settings for large images into the nodes; a profile "
+        "that is already set in the environment is left alone. Default Fast DDS settings lose most raw images.",
+        ("true", "false"),
+    ),
+)
+
+# launch argument -> (node, parameter, type); an empty argument leaves the parameter to params_file
+OVERRIDES: dict[str, tuple[str, str, type]] = {
+    "model": ("phase", "model.path", str),
+    "backend": ("phase", "runtime.backend", str),
+    "precision": ("phase", "runtime.precision", str),
+    "allow_fallback": ("phase", "runtime.allow_fallback", bool),
+    "source": ("source", "source", str),
+    "source_width": ("source", "width", int),
+    "source_height": ("source", "height", int),
+    "source_rate_hz": ("source", "rate_hz", float),
+    "source_duration_s": ("source", "duration_s", float),
+    "source_seed": ("source", "seed", int),
+    "source_loop": ("source", "loop", bool),
+    "overlay_video": ("overlay", "record.video_path", str),
+    "overlay_image": ("overlay", "record.image_path", str),
+}
+
+
+class BringUp:
+    """Drives the lifecycles: configure each node when its process starts, activate them in order.
+
+    A node that cannot be configured or activated ends the launch with a non-zero exit code. With respawn a node
+    that comes back is brought up again.
+    """
+
+    def __init__(self, nodes: list[LifecycleNode]) -> None:
+        self.nodes = nodes
+        self.state = ["starting"] * len(nodes)
+
+    def handlers(self) -> list[Entity]:
+        handlers: list[Entity] = []
+        for i, node in enumerate(self.nodes):
+            handlers.append(
+                RegisterEventHandler(
+                    OnProcessStart(
+                        target_action=node, on_start=[OpaqueFunction(function=self._started, args=[i])]
+                    )
+                )
+            )
+            handlers.append(
+                RegisterEventHandler(
+                    EventHandler(
+                        matcher=lambda event, node=node: isinstance(event, StateTransition)
+                        and event.action is node,
+                        entities=[OpaqueFunction(function=self._moved, args=[i])],
+                    )
+                )
+            )
+        return handlers
+
+    def _change(self, i: int, transition_id: int) -> Entity:
+        return EmitEvent(
+            event=ChangeState(
+                lifecycle_node_matcher=matches_action(self.nodes[i]), transition_id=transition_id
+            )
+        )
+
+    def _started(self, context: LaunchContext, i: int) -> list[Entity]:
+        self.state[i] = "starting"
+        return [self._change(i, Transition.TRANSITION_CONFIGURE)]
+
+    def _moved(self, context: LaunchContext, i: int) -> list[Entity]:
+        event = context.locals.event
+        before, self.state[i] = event.start_state, event.goal_state
+        if (before, event.goal_state) in (("configuring", "unconfigured"), ("activating", "inactive")):
+            verb = "configured" if before == "configuring" else "activated"
+            raise RuntimeError(
+                f"{self.nodes[i].node_name} could not be {verb}: its own message above says why. Stopping the pipeline"
+            )
+        if before not in ("configuring", "activating"):
+            return []
+        for j, state in enumerate(self.state):
+            if state == "inactive":
+                self.state[j] = "activating"
+                return [self._change(j, Transition.TRANSITION_ACTIVATE)]
+            if state != "active":
+                return []
+        return [LogInfo(msg=f"pipeline up: {', '.join(node.node_name for node in self.nodes)} active")]
+
+
+def dds_environment() -> list[Entity]:
+    """Environment that lets large images through, where the user has not chosen otherwise."""
+    actions: list[Entity] = [
+        SetEnvironmentVariable(name, value) for name, value in ALLOCATOR.items() if name not in os.environ
+    ]
+    chosen = [name for name in PROFILE_VARIABLES if os.environ.get(name)]
+    if chosen:
+        return [*actions, LogInfo(msg=f"Fast DDS profile of the environment is used: {os.environ[chosen[0]]}")]
+    profile, note = sized_profile()
+    if note:
+        actions.append(LogInfo(msg=note))
+    return actions + [SetEnvironmentVariable(name, str(profile)) for name in PROFILE_VARIABLES]
+
+
+def sized_profile() -> tuple[Path, str]:
+    """The shipped profile, or a copy whose shared-memory segment fits a small /dev/shm (as containers have)."""
+    text = PROFILE.read_text()
+    match = re.search(r"<segment_size>(\d+)</segment_size>", text)
+    wanted = int(match.group(1)) if match else 0
+    try:
+        fits = shutil.disk_usage("/dev/shm").free // 6
+    except OSError:
+        fits = wanted
+    if fits >= wanted:
+        return PROFILE, ""
+    size = max(fits, 2**20) // 2**20 * 2**20
+    folder = Path(tempfile.mkdtemp(prefix="surg_perception_"))
+    copy = folder / PROFILE.name
+    copy.write_text(text.replace(f"<segment_size>{wanted}<", f"<segment_size>{size}<"))
+    return copy, (
+        f"/dev/shm is small: {size >> 20} MiB of shared memory a process instead of {wanted >> 20}; large raw images "
+        "may be lost. Give the container more (docker run --shm-size=1g) or use transport:=compressed"
+    )
+
+
+def truth(text: str) -> bool:
+    return text.lower() in ("true", "1", "yes", "on")
+
+
+def pipeline(context: LaunchContext) -> list[Entity]:
+    argument = {name: LaunchConfiguration(name).perform(context) for name, *_ in ARGUMENTS}
+    if not Path(argument["params_file"]).is_file():
+        raise RuntimeError(f"params_file:={argument['params_file']}: there is no such file")
+
+    overrides: dict[str, dict[str, object]] = {"phase": {}, "overlay": {}, "source": {}}
+    for name, (node, parameter, kind) in OVERRIDES.items():
+        text = argument[name]
+        if text == "":
+            continue
+        try:
+            overrides[node][parameter] = truth(text) if kind is bool else kind(text)
+        except ValueError:
+            raise RuntimeError(f"{name}:={text}: expected {kind.__name__}") from None
+    overrides["phase"]["input.transport"] = argument["transport"]
+    overrides["overlay"]["input.transport"] = argument["transport"]
+    overrides["source"]["output.transport"] = argument["transport"]
+
+    names = ["phase"]
+    if truth(argument["overlay"]) or argument["overlay_video"] or argument["overlay_image"]:
+        names.append("overlay")
+    if argument["source"]:
+        names.append("source")
+    image = argument["image"].rstrip("/")
+    nodes = [
+        LifecycleNode(
+            package="surg_perception",
+            executable=f"{name}_node",
+            name=name,
+            namespace=argument["namespace"],
+            parameters=[
+                argument["params_file"],
+                {**overrides[name], "use_sim_time": truth(argument["use_sim_time"])},
+            ],
+            remappings=[("image", image), ("image/compressed", f"{image}/compressed")],
+            arguments=["--ros-args", "--log-level", f"{name}:={argument['log_level']}"],
+            output="screen",
+            respawn=truth(argument["respawn"]),
+            respawn_delay=1.0,
+        )
+        for name in names
+    ]
+    environment = dds_environment() if truth(argument["dds_profile"]) else []
+    return [*environment, *BringUp(nodes).handlers(), *nodes]
+
+
+def generate_launch_description() -> LaunchDescription:
+    return LaunchDescription(
+        [
+            *(
+                DeclareLaunchArgument(
+                    name, default_value=default, description=description, choices=choices or None
+                )
+                for name, default, description, choices in ARGUMENTS
+            ),
+            OpaqueFunction(function=pipeline),
+        ]
+    )
