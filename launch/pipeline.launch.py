@@ -25,7 +25,7 @@ from launch.actions import (
     RegisterEventHandler,
     SetEnvironmentVariable,
 )
-from launch.entity import Entity
+from launch.launch_description_entity import LaunchDescriptionEntity as Entity
 from launch.event_handler import EventHandler
 from launch.event_handlers import OnProcessStart
 from launch.events import matches_action

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `surg-perception`. Each verb imports what it needs when it runs, so `--help` needs nothing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from surg_perception import __version__
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from surg_perception.cli import demo
+
+    return demo.run(options.video, options.out)
+
+
+def _models_list(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from surg_perception.models import list_models
+
+    table = Table("model", "network", "phases", "licence", "intended use")
+    for card in list_models():
+        table.add_row(
+            card.model_id,
+            f"{card.network.architecture}-{card.network.size}",
+            str(len(card.labels.names)),
+            card.licence,
+            card.intended_use,
+        )
+    Console().print(table)
+    return 0
+
+
+def _models_show(options: argparse.Namespace) -> int:
+    from surg_perception.models import find_model
+
+    card = find_model(options.model)
+    print(f"# {card.folder}\n{card.to_yaml()}", end="")
+    return 0
+
+
+def _models_verify(options: argparse.Namespace) -> int:
+    from surg_perception.models import find_model
+
+    card = find_model(options.model)
+    card.verify()
+    print(f"{card.model_id}: every file has the sha256 of its card")
+    return 0
+
+
+def _models_import(options: argparse.Namespace) -> int:
+    from surg_perception.gsvit import import_released
+
+    card = import_released(options.checkpoint, options.out, name=options.name)
+    print(f"{card}: ready for `ros2 launch surg_perception pipeline.launch.py model:={options.out}`")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="surg-perception", description="Surgical phase and next-frame latent features for ROS 2."
+    )
+    top.add_argument("--version", action="version", version=f"surg_perception {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    demo = verbs.add_parser("demo", help="run the pipeline on the phantom or a video, then show figures and pictures")
+    demo.add_argument("--video", metavar="FILE", help="your own video instead of the phantom")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="where pictures go (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+
+    models = verbs.add_parser("models", help="list, show, verify and import models")
+    actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="the models found on this machine").set_defaults(run=_models_list)
+    for action, text, run in (
+        ("show", "a model's card", _models_show),
+        ("verify", "check a model's files against its card", _models_verify),
+    ):
+        entry = actions.add_parser(action, help=text)
+        entry.add_argument("model", help="name or folder")
+        entry.set_defaults(run=run)
+    entry = actions.add_parser(
+        "import", help="turn a released GSViT.pkl (or its safetensors twin) into a model folder; needs PyTorch"
+    )
+    entry.add_argument("checkpoint", type=Path)
+    entry.add_argument("out", type=Path, help="folder to make")
+    entry.add_argument("--name", help="model name (default: the folder's)")
+    entry.set_defaults(run=_models_import)
+    return top
+
+
+def main() -> None:
+    """Entry point. Exit status 0: done, 1: the run failed, 2: the input cannot be used."""
+    options = parser().parse_args()
+    try:
+        status = options.run(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"surg-perception: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
