@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from ament_index_python.packages import get_package_share_directory
@@ -25,10 +26,12 @@ from launch.actions import (
     RegisterEventHandler,
     SetEnvironmentVariable,
 )
-from launch.launch_description_entity import LaunchDescriptionEntity as Entity
 from launch.event_handler import EventHandler
-from launch.event_handlers import OnProcessStart
+from launch.event_handlers import OnProcessExit, OnProcessStart
 from launch.events import matches_action
+from launch.events.process import ProcessExited
+from launch.launch_description_entity import LaunchDescriptionEntity as Entity
+from launch.logging import get_logger
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
 from launch_ros.events.lifecycle import ChangeState, StateTransition
@@ -90,7 +93,12 @@ ARGUMENTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("source_seed", "", f"Which phantom patient {AS_PARAMS_FILE}.", ()),
     ("source_loop", "", f"Start the source again at its end {AS_PARAMS_FILE}.", ("", "true", "false")),
     ("overlay", "false", "Start the overlay node (pictures with the phase drawn on).", ("true", "false")),
-    ("overlay_video", "", "Write the overlay to this MP4 file. Video is patient data. Empty: not written.", ()),
+    (
+        "overlay_video",
+        "",
+        "Write the overlay to this MP4 file. Video is patient data. Empty: not written.",
+        (),
+    ),
     ("overlay_image", "", "Write the newest overlay to this PNG file. Empty: not written.", ()),
     ("use_sim_time", "false", "Use /clock (bag replay with --clock).", ("true", "false")),
     ("respawn", "false", "Restart a node that died, and bring it up again.", ("true", "false")),
@@ -129,8 +137,9 @@ class BringUp:
     that comes back is brought up again.
     """
 
-    def __init__(self, nodes: list[LifecycleNode]) -> None:
+    def __init__(self, nodes: list[LifecycleNode], respawn: bool) -> None:
         self.nodes = nodes
+        self.respawn = respawn
         self.state = ["starting"] * len(nodes)
 
     def handlers(self) -> list[Entity]:
@@ -138,16 +147,14 @@ class BringUp:
         for i, node in enumerate(self.nodes):
             handlers.append(
                 RegisterEventHandler(
-                    OnProcessStart(
-                        target_action=node, on_start=[OpaqueFunction(function=self._started, args=[i])]
-                    )
+                    OnProcessStart(target_action=node, on_start=[OpaqueFunction(function=self._started, args=[i])])
                 )
             )
+            handlers.append(RegisterEventHandler(OnProcessExit(target_action=node, on_exit=self._exited(i))))
             handlers.append(
                 RegisterEventHandler(
                     EventHandler(
-                        matcher=lambda event, node=node: isinstance(event, StateTransition)
-                        and event.action is node,
+                        matcher=lambda event, node=node: isinstance(event, StateTransition) and event.action is node,
                         entities=[OpaqueFunction(function=self._moved, args=[i])],
                     )
                 )
@@ -156,14 +163,24 @@ class BringUp:
 
     def _change(self, i: int, transition_id: int) -> Entity:
         return EmitEvent(
-            event=ChangeState(
-                lifecycle_node_matcher=matches_action(self.nodes[i]), transition_id=transition_id
-            )
+            event=ChangeState(lifecycle_node_matcher=matches_action(self.nodes[i]), transition_id=transition_id)
         )
 
     def _started(self, context: LaunchContext, i: int) -> list[Entity]:
         self.state[i] = "starting"
         return [self._change(i, Transition.TRANSITION_CONFIGURE)]
+
+    def _exited(self, i: int) -> Callable[[ProcessExited, LaunchContext], None]:
+        def check(event: ProcessExited, context: LaunchContext) -> None:
+            if context.is_shutdown or self.respawn:
+                return
+            name = self.nodes[i].node_name
+            # The pipeline is of no use without phase; without pictures to look at it is.
+            if i == 0 or "active" not in self.state[i]:
+                raise RuntimeError(f"{name} ended with exit status {event.returncode}: its output above says why")
+            get_logger("launch").error(f"{name} ended with exit status {event.returncode}; the rest goes on")
+
+        return check
 
     def _moved(self, context: LaunchContext, i: int) -> list[Entity]:
         event = context.locals.event
@@ -191,7 +208,10 @@ def dds_environment() -> list[Entity]:
     ]
     chosen = [name for name in PROFILE_VARIABLES if os.environ.get(name)]
     if chosen:
-        return [*actions, LogInfo(msg=f"Fast DDS profile of the environment is used: {os.environ[chosen[0]]}")]
+        return [
+            *actions,
+            LogInfo(msg=f"Fast DDS profile of the environment is used: {os.environ[chosen[0]]}"),
+        ]
     profile, note = sized_profile()
     if note:
         actions.append(LogInfo(msg=note))
@@ -266,16 +286,14 @@ def pipeline(context: LaunchContext) -> list[Entity]:
         for name in names
     ]
     environment = dds_environment() if truth(argument["dds_profile"]) else []
-    return [*environment, *BringUp(nodes).handlers(), *nodes]
+    return [*environment, *BringUp(nodes, truth(argument["respawn"])).handlers(), *nodes]
 
 
 def generate_launch_description() -> LaunchDescription:
     return LaunchDescription(
         [
             *(
-                DeclareLaunchArgument(
-                    name, default_value=default, description=description, choices=choices or None
-                )
+                DeclareLaunchArgument(name, default_value=default, description=description, choices=choices or None)
                 for name, default, description, choices in ARGUMENTS
             ),
             OpaqueFunction(function=pipeline),

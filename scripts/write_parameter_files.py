@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes config/pipeline.yaml and docs/parameters.md from the nodes' parameter tables.
 
-    .venv/bin/python scripts/write_parameter_files.py           write both
-    .venv/bin/python scripts/write_parameter_files.py --check   fail if either differs (a test does this)
+.venv/bin/python scripts/write_parameter_files.py           write both
+.venv/bin/python scripts/write_parameter_files.py --check   fail if either differs (a test does this)
 """
 
 from __future__ import annotations

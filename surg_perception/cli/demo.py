@@ -72,7 +72,9 @@ def run(video: str | None, out: Path) -> int:
         stop(launch)
     if monitor.returncode == 0:
         console.print(f"overlay  {overlay if overlay.exists() else 'was not written: see the log'}")
-        console.print("Model and patient are a procedural phantom: nothing here says how well a phase is known in a person.")
+        console.print(
+            "Model and patient are a procedural phantom: nothing here says how well a phase is known in a person."
+        )
     return monitor.returncode
 
 

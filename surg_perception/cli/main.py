@@ -84,7 +84,8 @@ def parser() -> argparse.ArgumentParser:
         entry.add_argument("model", help="name or folder")
         entry.set_defaults(run=run)
     entry = actions.add_parser(
-        "import", help="turn a released GSViT.pkl (or its safetensors twin) into a model folder; needs PyTorch"
+        "import",
+        help="turn a released GSViT.pkl (or its safetensors twin) into a model folder; needs PyTorch",
     )
     entry.add_argument("checkpoint", type=Path)
     entry.add_argument("out", type=Path, help="folder to make")

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import difflib
+import resource
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import rclpy
@@ -242,6 +244,12 @@ def run(make: Callable[[], PerceptionNode]) -> None:
 def stamp_ns(message: Any) -> int:
     """Stamp of a message with a header, in nanoseconds."""
     return message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+
+
+def process_memory_mib() -> float:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 def join(thread: threading.Thread | None, timeout_s: float = 5.0) -> None:

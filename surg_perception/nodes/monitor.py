@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from surg_perception_msgs.msg import PhaseLabels, SurgicalPhase
 
 from surg_perception.nodes.lifecycle import stamp_ns
 from surg_perception.stream.phase_pipeline import PhaseState
 from surg_perception.stream.ribbon import plot_ribbons
-from surg_perception_msgs.msg import PhaseLabels, SurgicalPhase
 
 PLAIN_LINE_EVERY_S = 2.0
 STATE_STYLES = {PhaseState.OK: "green", PhaseState.UNCERTAIN: "yellow", PhaseState.STALE: "dark_orange"}
@@ -167,9 +167,7 @@ def save(record: Record, result: dict[str, Any], folder: Path) -> list[tuple[str
             stamps = sorted(record.truth)
             truth_s = (np.array(stamps) - record.stamp_ns[0]) / 1e9
             rows.insert(0, ("truth", truth_s, [record.truth[stamp] for stamp in stamps]))
-        plot_ribbons(
-            folder / "ribbon.png", rows, record.labels, confidence=(times_s, np.array(record.confidence))
-        )
+        plot_ribbons(folder / "ribbon.png", rows, record.labels, confidence=(times_s, np.array(record.confidence)))
         files.append(("ribbon", folder / "ribbon.png"))
     return files
 

@@ -14,6 +14,7 @@ import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CompressedImage, Image
+from surg_perception_msgs.msg import PhaseLabels, SurgicalPhase
 
 from surg_perception.data.video_writer import VideoWriter
 from surg_perception.nodes.lifecycle import ConfigureError, PerceptionNode, join, run, stamp_ns
@@ -21,7 +22,6 @@ from surg_perception.nodes.parameter_table import OVERLAY
 from surg_perception.stream.image_decode import ImageError, decode_image, encode_jpeg
 from surg_perception.stream.mailbox import Mailbox
 from surg_perception.stream.overlay_canvas import OverlayCanvas, OverlayInfo
-from surg_perception_msgs.msg import PhaseLabels, SurgicalPhase
 
 IMAGES_KEPT = 8
 """Newest images, among which the one that a phase belongs to is found by its stamp."""

@@ -14,12 +14,12 @@ from rclpy.duration import Duration
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from sensor_msgs.msg import CompressedImage, Image
+from surg_perception_msgs.msg import SurgicalPhase
 
 from surg_perception.data.frames import FrameSource, SourceFrame, open_source
 from surg_perception.nodes.lifecycle import ConfigureError, PerceptionNode, join, run
 from surg_perception.nodes.parameter_table import SOURCE
 from surg_perception.stream.image_decode import encode_image, encode_jpeg
-from surg_perception_msgs.msg import SurgicalPhase
 
 AHEAD = 8
 """Pictures made ahead of time, so that encoding does not delay publication."""
@@ -73,9 +73,7 @@ class SourceNode(PerceptionNode):
         transport = v["output.transport"]
         self._raw = self.create_lifecycle_publisher(Image, "image", qos) if transport != "compressed" else None
         self._jpeg = (
-            self.create_lifecycle_publisher(CompressedImage, "image/compressed", qos)
-            if transport != "raw"
-            else None
+            self.create_lifecycle_publisher(CompressedImage, "image/compressed", qos) if transport != "raw" else None
         )
         self._truth = self.create_lifecycle_publisher(SurgicalPhase, "~/truth", QoSProfile(depth=100))
 
@@ -132,13 +130,9 @@ class SourceNode(PerceptionNode):
         image = compressed = truth = None
         if self._raw is not None:
             encoding, step, data = encode_image(frame.bgr, self.values["output.encoding"])
-            image = Image(
-                height=frame.bgr.shape[0], width=frame.bgr.shape[1], encoding=encoding, step=step, data=data
-            )
+            image = Image(height=frame.bgr.shape[0], width=frame.bgr.shape[1], encoding=encoding, step=step, data=data)
         if self._jpeg is not None:
-            compressed = CompressedImage(
-                format="jpeg", data=encode_jpeg(frame.bgr, self.values["output.jpeg_quality"])
-            )
+            compressed = CompressedImage(format="jpeg", data=encode_jpeg(frame.bgr, self.values["output.jpeg_quality"]))
         if frame.labels is not None:
             truth = SurgicalPhase(
                 state=SurgicalPhase.OK,

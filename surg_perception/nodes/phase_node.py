@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Node `phase`: surgical phase and latent features of the newest endoscope image."""
+
+from __future__ import annotations
+
+import array
+import math
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import rclpy
+from diagnostic_msgs.msg import DiagnosticStatus
+from rclpy.duration import Duration
+from rclpy.qos import DurabilityPolicy, LivelinessPolicy, QoSProfile
+from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import Header
+from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, SurgicalPhase
+
+from surg_perception.models import ModelCard, ModelError, find_model
+from surg_perception.nodes.lifecycle import (
+    ConfigureError,
+    PerceptionNode,
+    join,
+    process_memory_mib,
+    run,
+    stamp_ns,
+)
+from surg_perception.nodes.parameter_table import PHASE
+from surg_perception.runtime.backend import Backend, BackendUnavailable, open_backend
+from surg_perception.stream.image_decode import ImageError
+from surg_perception.stream.mailbox import Mailbox
+from surg_perception.stream.phase_pipeline import PhasePipeline, PhaseResult, PhaseSettings
+from surg_perception.stream.stage_clock import StageClock
+from surg_perception.stream.temporal_filter import FilterSettings
+
+try:
+    from rclpy.event_handler import SubscriptionEventCallbacks, UnsupportedEventTypeError
+except ImportError:  # Humble
+    from rclpy.qos_event import SubscriptionEventCallbacks, UnsupportedEventTypeError
+
+try:  # published beside our own message where it is installed
+    from vision_msgs.msg import Classification, ObjectHypothesis
+except ImportError:
+    Classification = None
+
+FILTER_PARAMETERS = ("time_constant_s", "switch_margin", "hold_s", "reset_gap_s")
+RUN_OF_SLOW_FRAMES = 5
+"""So many slow frames in a row are an ERROR in diagnostics, fewer a WARN."""
+FAULTS_BEFORE_FALLBACK = 3
+"""After so many failed inferences in a row the backend is replaced, where allowed."""
+
+
+@dataclass
+class Counts:
+    """Frames since activation."""
+
+    received: int = 0
+    processed: int = 0
+    rejected: int = 0
+    lost: int = 0
+    faults: int = 0
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An image message and when it came, by the steady clock."""
+
+    message: Any
+    received_s: float
+
+
+class PhaseNode(PerceptionNode):
+    """Subscribes to `image` or `image/compressed`; publishes `~/phase`, `~/latent`, `~/labels`.
+
+    The executor's thread only takes messages into the newest-frame mailbox and watches for silence; one worker
+    thread decodes, infers, filters and publishes.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(PHASE, **kwargs)
+        self._card: ModelCard | None = None
+        self._backend: Backend | None = None
+        self._failed_backends: list[str] = []
+        self._pipeline: PhasePipeline | None = None
+        self._worker: threading.Thread | None = None
+        self._subscription = None
+        self._timers_: list[Any] = []
+        self._outputs: dict[str, Any] = {}
+        self._counts = Counts()
+        self._mailbox: Mailbox[Arrival] = Mailbox()
+        self._publishing = threading.Lock()
+        self._last_header = Header()
+        self._last_output_s = 0.0
+        self._last_frame_s = 0.0
+        self._rejected_because = ""
+        self._fault = ""
+        self._reset_figures()
+        self.updater.add("images", self._image_diagnostics)
+        self.updater.add("model", self._model_diagnostics)
+
+    # Transitions ----------------------------------------------------------------------------------------------
+
+    def configure(self) -> None:
+        v = self.values
+        try:
+            self._card = find_model(v["model.path"])
+            if v["model.verify"]:
+                self._card.verify()
+            self._backend = self._open(v["runtime.backend"], [])
+        except (ValueError, OSError, BackendUnavailable) as error:
+            raise ConfigureError(str(error)) from error
+        deadline = Duration(seconds=v["output.deadline_s"])
+        controlled = QoSProfile(
+            depth=1,
+            deadline=deadline,
+            liveliness=LivelinessPolicy.AUTOMATIC,
+            liveliness_lease_duration=deadline,
+        )
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        self._outputs = {
+            "phase": self.create_lifecycle_publisher(SurgicalPhase, "~/phase", controlled),
+            "latent": self.create_lifecycle_publisher(LatentFeatures, "~/latent", QoSProfile(depth=1)),
+            "labels": self.create_lifecycle_publisher(PhaseLabels, "~/labels", latched),
+        }
+        if Classification is not None:
+            self._outputs["classification"] = self.create_lifecycle_publisher(
+                Classification, "~/classification", QoSProfile(depth=1)
+            )
+
+    def _open(self, name: str, exclude: list[str]) -> Backend:
+        assert self._card is not None
+        v = self.values
+        backend = open_backend(
+            self._card,
+            backend=name,
+            precision=v["runtime.precision"],
+            allow_fallback=v["runtime.allow_fallback"],
+            threads=v["runtime.threads"] or None,
+            exclude=exclude,
+        )
+        for note in backend.notes:
+            self.get_logger().info(note)
+        self.get_logger().info(f"model {self._card.model_id} runs on {backend.name}")
+        return backend
+
+    def _settings(self) -> PhaseSettings:
+        v = self.values
+        return PhaseSettings(
+            FilterSettings(**{name: v[f"filter.{name}"] for name in FILTER_PARAMETERS}),
+            uncertain_below=v["state.uncertain_below"],
+            max_age_s=v["state.max_age_s"],
+            max_pixels=v["input.max_pixels"],
+        )
+
+    def activate(self) -> None:
+        self._counts = Counts()
+        self._failed_backends = []
+        self._rejected_because = self._fault = ""
+        self._reset_figures()
+        self._last_header = Header()
+        self._pipeline = PhasePipeline(self._backend, self._card.labels.names, self._settings())
+        self._mailbox = Mailbox()
+        self._last_frame_s = self._warned_s = time.monotonic()
+        self._last_output_s = 0.0
+        self._publish_labels()
+        self._worker = threading.Thread(target=self._work, name="phase", daemon=True)
+        self._worker.start()
+        self._subscribe()
+        v = self.values
+        watch_s = min(0.1, v["state.no_signal_after_s"] / 2, v["output.deadline_s"] / 4)
+        self._timers_ = [
+            self.create_timer(watch_s, self._watch),
+            self.create_timer(1.0, self._warn_of_silence),
+        ]
+
+    def _subscribe(self) -> None:
+        raw = self.values["input.transport"] == "raw"
+        self._topic = "image" if raw else "image/compressed"
+        qos = self.image_qos(self._topic, self.values["input.depth"])
+        arguments = (Image if raw else CompressedImage, self._topic, self._take, qos)
+        try:
+            events = SubscriptionEventCallbacks(message_lost=self._count_lost)
+            self._subscription = self.create_subscription(*arguments, event_callbacks=events)
+        except UnsupportedEventTypeError:
+            self._subscription = self.create_subscription(*arguments)
+        self.get_logger().info(
+            f"subscribed to {self.resolve_topic_name(self._topic)}, {qos.reliability.name.lower()}; "
+            f"{self.describe_publishers(self._topic)}"
+        )
+
+    def deactivate(self) -> None:
+        if self._subscription is not None:
+            self.destroy_subscription(self._subscription)
+            self._subscription = None
+        for timer in self._timers_:
+            self.destroy_timer(timer)
+        self._timers_ = []
+        if self._worker is not None:
+            self._mailbox.close()
+            join(self._worker)
+            self._worker = None
+        self._pipeline = None
+
+    def cleanup(self) -> None:
+        for publisher in self._outputs.values():
+            self.destroy_lifecycle_publisher(publisher)
+        self._outputs = {}
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+        self._card = None
+
+    def apply_live_parameters(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.settings = self._settings()
+
+    # The executor's thread: messages and silence --------------------------------------------------------------
+
+    def _take(self, message: Any) -> None:
+        self._counts.received += 1
+        self._mailbox.put(Arrival(message, time.monotonic()))
+
+    def _count_lost(self, event: Any) -> None:
+        self._counts.lost += event.total_count_change
+
+    def _watch(self) -> None:
+        """Say NO_SIGNAL while no image comes through, often enough that the offered deadline holds."""
+        now_s = time.monotonic()
+        if now_s - self._last_frame_s < self.values["state.no_signal_after_s"]:
+            return
+        with self._publishing:
+            if now_s - self._last_output_s >= self.values["output.deadline_s"] / 2:
+                self._send_phase(self._blank_message(SurgicalPhase.NO_SIGNAL, self._last_header))
+
+    def _warn_of_silence(self) -> None:
+        now_s = time.monotonic()
+        after_s = self.values["input.warn_after_s"]
+        if now_s - max(self._last_frame_s, self._warned_s) < after_s:
+            return
+        self._warned_s = now_s
+        why = f"; the last one was refused: {self._rejected_because}" if self._rejected_because else ""
+        self.get_logger().warning(
+            f"no usable image for {now_s - self._last_frame_s:.0f} s on {self.resolve_topic_name(self._topic)} "
+            f"({self._subscription.msg_type.__name__}): {self.describe_publishers(self._topic)}{why}"
+        )
+
+    # The worker's thread --------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (arrival := self._mailbox.get()) is not None:
+            started_s = time.monotonic()
+            message = arrival.message
+            try:
+                result = self._pipeline.process(message, stamp_ns=stamp_ns(message), age_s=self._age_s(message))
+            except ImageError as error:
+                self._reject(error)
+            except Exception as error:
+                # Of whatever kind: the worker must not end and leave a node that looks alive.
+                self._fail(error, message.header)
+            else:
+                self._consecutive_faults, self._fault = 0, ""
+                self._publish(arrival, started_s, result)
+
+    def _age_s(self, message: Any) -> float:
+        return (self.get_clock().now().nanoseconds - stamp_ns(message)) * 1e-9
+
+    def _reject(self, error: ImageError) -> None:
+        self._counts.rejected += 1
+        if self._rejected_because != str(error):
+            self._rejected_because = str(error)
+        now_s = time.monotonic()
+        if now_s >= self._next_report_s.get(error.kind, 0.0):
+            self._next_report_s[error.kind] = now_s + 5.0
+            self.get_logger().error(f"image refused: {error}")
+
+    def _fail(self, error: Exception, header: Header) -> None:
+        self._counts.faults += 1
+        self._consecutive_faults += 1
+        self._fault = f"{type(error).__name__}: {error}"
+        self.get_logger().error(f"no phase for this image: {self._fault}", throttle_duration_sec=5.0)
+        self._last_frame_s = time.monotonic()
+        with self._publishing:
+            self._last_header = header
+            self._send_phase(self._blank_message(SurgicalPhase.FAULT, header))
+        if self._consecutive_faults == FAULTS_BEFORE_FALLBACK and self.values["runtime.allow_fallback"]:
+            self._fall_back()
+
+    def _fall_back(self) -> None:
+        """Replace a backend that keeps failing by the next best one."""
+        failed = self._backend
+        self._failed_backends.append(failed.name)
+        try:
+            self._backend = self._open("auto", self._failed_backends)
+        except (BackendUnavailable, ModelError) as error:
+            self.get_logger().error(f"no other backend runs: {error}")
+            return
+        self.get_logger().warning(f"{failed.name} kept failing: {self._backend.name} from now on")
+        failed.close()
+        self._pipeline.backend = self._backend
+        self._publish_labels()
+
+    def _publish(self, arrival: Arrival, started_s: float, result: PhaseResult) -> None:
+        ended_s = time.monotonic()
+        header = arrival.message.header
+        message = self._blank_message(int(result.state), header)
+        message.phase_id, message.phase = result.phase_id, result.phase
+        message.raw_phase_id = result.raw_phase_id
+        message.confidence = result.confidence
+        message.probabilities = result.probabilities
+        message.wait_ms = (started_s - arrival.received_s) * 1e3
+        message.decode_ms = result.stages_ms["decode"]
+        message.inference_ms = result.stages_ms["inference"]
+        message.filter_ms = result.stages_ms["filter"]
+        self._counts.processed += 1
+        message.frames_processed = self._counts.processed
+        with self._publishing:
+            self._last_header = header
+            message.latency_ms = self._age_s(arrival.message) * 1e3
+            self._send_phase(message)
+            self._last_frame_s = time.monotonic()
+        self._publish_latent(header, result)
+        if "classification" in self._outputs and len(result.probabilities):
+            self._outputs["classification"].publish(
+                Classification(
+                    header=header,
+                    results=[
+                        ObjectHypothesis(class_id=name, score=float(p))
+                        for name, p in zip(self._card.labels.names, result.probabilities, strict=True)
+                    ],
+                )
+            )
+        self._note_figures(arrival, message, (time.monotonic() - ended_s) * 1e3)
+
+    def _publish_latent(self, header: Header, result: PhaseResult) -> None:
+        if not self.values["latent.publish"] or result.latent is None:
+            return
+        rate_hz = self.values["latent.max_rate_hz"]
+        stamp = header.stamp.sec + header.stamp.nanosec * 1e-9
+        # A stamp that went back (a bag that loops) starts anew.
+        if rate_hz and 0 <= stamp - self._last_latent_s < 1 / rate_hz - 1e-6:
+            return
+        self._last_latent_s = stamp
+        latent = result.latent.mean(axis=(1, 2)) if self.values["latent.pooled"] else result.latent
+        self._outputs["latent"].publish(
+            LatentFeatures(
+                header=header,
+                model_id=self._card.model_id,
+                shape=list(latent.shape),
+                data=array.array("f", np.ascontiguousarray(latent).tobytes()),
+            )
+        )
+
+    # Messages -------------------------------------------------------------------------------------------------
+
+    def _blank_message(self, state: int, header: Header) -> SurgicalPhase:
+        return SurgicalPhase(
+            header=header,
+            state=state,
+            phase_id=-1,
+            raw_phase_id=-1,
+            model_id=self._card.model_id,
+            backend=self._backend.name,
+            frames_received=self._counts.received,
+            frames_processed=self._counts.processed,
+            frames_replaced=self._mailbox.counts().replaced,
+            frames_rejected=self._counts.rejected,
+            frames_lost=self._counts.lost,
+        )
+
+    def _send_phase(self, message: SurgicalPhase) -> None:
+        self._last_output_s = time.monotonic()
+        if rclpy.ok():
+            self._outputs["phase"].publish(message)
+
+    def _publish_labels(self) -> None:
+        card = self._card
+        self._outputs["labels"].publish(
+            PhaseLabels(
+                model_id=card.model_id,
+                labels=list(card.labels.names),
+                latent_shape=list(card.network.latent_shape),
+                backend=self._backend.name,
+                licence=card.licence,
+                intended_use=card.intended_use,
+                card=card.to_yaml(),
+            )
+        )
+
+    # Diagnostics ----------------------------------------------------------------------------------------------
+
+    def _reset_figures(self) -> None:
+        self._stage_clock = StageClock()
+        self._consecutive_faults = 0
+        self._slow_in_a_row = 0
+        self._last_latent_s = -math.inf
+        self._latency_ms = math.nan
+        self._next_report_s: dict[str, float] = {}
+        self._arrivals_s: deque[float] = deque(maxlen=100)
+
+    def _note_figures(self, arrival: Arrival, message: SurgicalPhase, publish_ms: float) -> None:
+        stages = {name: getattr(message, f"{name}_ms") for name in ("wait", "decode", "inference", "filter")}
+        self._stage_clock.record({**stages, "publish": publish_ms})
+        took_ms = (time.monotonic() - arrival.received_s) * 1e3
+        slow = took_ms > self.values["diagnostics.slow_frame_ms"]
+        self._slow_in_a_row = self._slow_in_a_row + 1 if slow else 0
+        self._latency_ms = message.latency_ms
+        self._arrivals_s.append(arrival.received_s)
+
+    def _image_diagnostics(self, status: Any) -> Any:
+        now_s = time.monotonic()
+        silent_s = now_s - self._last_frame_s
+        if self._worker is None:
+            status.summary(DiagnosticStatus.OK, self.state_label)
+        elif silent_s > self.values["state.no_signal_after_s"]:
+            status.summary(DiagnosticStatus.STALE, f"no usable image for {silent_s:.1f} s")
+        elif self._slow_in_a_row:
+            run = self._slow_in_a_row
+            level = DiagnosticStatus.ERROR if run >= RUN_OF_SLOW_FRAMES else DiagnosticStatus.WARN
+            limit_ms = self.values["diagnostics.slow_frame_ms"]
+            status.summary(level, f"{run} frames in a row took over {limit_ms:.0f} ms")
+        elif self._latency_ms > self.values["state.max_age_s"] * 1e3:
+            status.summary(
+                DiagnosticStatus.WARN,
+                f"images are {self._latency_ms / 1e3:.1f} s old by their stamps: clocks differ, or a recording "
+                "is played without use_sim_time",
+            )
+        else:
+            status.summary(DiagnosticStatus.OK, "images are processed")
+        if self._rejected_because:
+            status.mergeSummary(DiagnosticStatus.WARN, f"refused: {self._rejected_because}")
+        recent = list(self._arrivals_s)
+        rate_hz = (len(recent) - 1) / (recent[-1] - recent[0]) if len(recent) > 1 else 0.0
+        status.add("rate_hz", f"{rate_hz if silent_s < 2 else 0.0:.1f}")
+        status.add("stamp_to_phase_ms", f"{self._latency_ms:.1f}")
+        for name in ("received", "processed", "rejected", "lost"):
+            status.add(f"frames_{name}", str(getattr(self._counts, name)))
+        status.add("frames_replaced", str(self._mailbox.counts().replaced))
+        for stage, (p50, p99) in self._stage_clock.percentiles_ms((50, 99)).items():
+            status.add(f"{stage}_ms_p50_p99", f"{p50:.2f} {p99:.2f}")
+        return status
+
+    def _model_diagnostics(self, status: Any) -> Any:
+        if self._backend is None or self._card is None:
+            status.summary(DiagnosticStatus.OK, "no model loaded")
+            return status
+        if self._fault:
+            status.summary(DiagnosticStatus.ERROR, self._fault)
+        else:
+            status.summary(DiagnosticStatus.OK, f"{self._card.model_id} on {self._backend.name}")
+        status.add("model", self._card.model_id)
+        status.add("backend", self._backend.name)
+        status.add("inference_faults", str(self._counts.faults))
+        status.add("memory_mib", f"{process_memory_mib():.0f}")
+        return status
+
+
+def main() -> None:
+    """Entry point of `ros2 run surg_perception phase_node`."""
+    run(PhaseNode)

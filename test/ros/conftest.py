@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ROS fixtures: every test has a ROS domain of its own, on this machine only."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+rclpy = pytest.importorskip("rclpy", reason="ROS 2 is not in the environment: `source setup.bash` first")
+
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.parameter import Parameter
+from rclpy.qos import QoSProfile
+
+
+@pytest.fixture
+def domain() -> Iterator[int]:
+    """A ROS domain that no other test on this machine uses while this one runs."""
+    for number in range(10, 100):
+        with socket.socket() as guard:
+            try:
+                guard.bind(("127.0.0.1", 42000 + number))
+            except OSError:
+                continue
+            before = {name: os.environ.get(name) for name in ("ROS_DOMAIN_ID", "ROS_AUTOMATIC_DISCOVERY_RANGE")}
+            os.environ.update(ROS_DOMAIN_ID=str(number), ROS_AUTOMATIC_DISCOVERY_RANGE="LOCALHOST")
+            yield number
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+            return
+    pytest.fail("no free ROS domain from 10 to 99: are other tests hanging on this machine?")
+
+
+class Graph:
+    """Nodes under test in this process, and a client node beside them."""
+
+    def __init__(self, domain: int) -> None:
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context, domain_id=domain)
+        self.client = rclpy.create_node("test_client", namespace="surg_perception", context=self.context)
+        self._nodes = [self.client]
+        self._executors = [SingleThreadedExecutor(context=self.context)]
+        self._executors[0].add_node(self.client)
+        self._threads = [self._spin(self._executors[0])]
+
+    @staticmethod
+    def _spin(executor: Any) -> threading.Thread:
+        thread = threading.Thread(target=executor.spin, daemon=True)
+        thread.start()
+        return thread
+
+    def start(self, node_class: type, **parameters: Any) -> Any:
+        """Make a node with these parameters ('__' for '.') and spin it in a thread of its own."""
+        overrides = [Parameter(name.replace("__", "."), value=value) for name, value in parameters.items()]
+        node = node_class(context=self.context, namespace="surg_perception", parameter_overrides=overrides)
+        executor = SingleThreadedExecutor(context=self.context)
+        executor.add_node(node)
+        self._nodes.append(node)
+        self._executors.append(executor)
+        self._threads.append(self._spin(executor))
+        return node
+
+    def transition(self, node: Any, *names: str) -> bool:
+        """Ask for lifecycle transitions by service, as a manager would; whether the last one succeeded."""
+        name = f"{node.get_fully_qualified_name()}/change_state"
+        client = self.client.create_client(ChangeState, name)
+        assert client.wait_for_service(timeout_sec=10.0), f"no service {name}"
+        for wanted in names:
+            number = getattr(Transition, f"TRANSITION_{wanted.upper()}")
+            future = client.call_async(ChangeState.Request(transition=Transition(id=number)))
+            wait_until(future.done, 60.0, f"transition {wanted}")
+            success = future.result().success
+        self.client.destroy_client(client)
+        return success
+
+    def collect(self, message_type: type, topic: str, qos: Any = 100) -> list[Any]:
+        """A list that fills with what is published on topic from now on."""
+        messages: list[Any] = []
+        profile = qos if isinstance(qos, QoSProfile) else QoSProfile(depth=qos)
+        self.client.create_subscription(message_type, topic, messages.append, profile)
+        return messages
+
+    def close(self) -> None:
+        for node in self._nodes[1:]:
+            node.deactivate()
+            node.cleanup()
+        for executor in self._executors:
+            executor.shutdown(timeout_sec=2.0)
+        for thread in self._threads:
+            thread.join(5.0)
+        for node in self._nodes:
+            node.destroy_node()
+        rclpy.shutdown(context=self.context)
+
+
+@pytest.fixture
+def graph(domain: int) -> Iterator[Graph]:
+    """An empty ROS graph of the test's own."""
+    graph = Graph(domain)
+    yield graph
+    graph.close()
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """Wait for condition to hold and return its value; fail naming what was waited for."""
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    pytest.fail(f"waited {timeout_s:g} s in vain for: {what}")
