@@ -94,6 +94,8 @@ class PerceptionNode(LifecycleNode):
 
     def _validate(self, parameters: list[RosParameter]) -> SetParametersResult:
         ours = {p.name: p.value for p in parameters if p.name in self.table}
+        if not ours:
+            return SetParametersResult(successful=True)
         state = self.state_label
         for name in ours:
             if not self.table[name].live and state in _CONFIGURED:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.duration import Duration
 from rclpy.qos import DurabilityPolicy, LivelinessPolicy, QoSProfile
@@ -373,7 +372,7 @@ class PhaseNode(PerceptionNode):
 
     def _send_phase(self, message: SurgicalPhase) -> None:
         self._last_output_s = time.monotonic()
-        if rclpy.ok():
+        if self.context.ok():
             self._outputs["phase"].publish(message)
 
     def _publish_labels(self) -> None:

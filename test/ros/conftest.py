@@ -46,6 +46,8 @@ class Graph:
     """Nodes under test in this process, and a client node beside them."""
 
     def __init__(self, domain: int) -> None:
+        self.domain = domain
+        self._strangers: list[Any] = []
         self.context = rclpy.Context()
         rclpy.init(context=self.context, domain_id=domain)
         self.client = rclpy.create_node("test_client", namespace="surg_perception", context=self.context)
@@ -70,6 +72,13 @@ class Graph:
         self._executors.append(executor)
         self._threads.append(self._spin(executor))
         return node
+
+    def stranger(self) -> Any:
+        """A node of another participant, as another process would have."""
+        context = rclpy.Context()
+        rclpy.init(context=context, domain_id=self.domain)
+        self._strangers.append(rclpy.create_node("stranger", namespace="surg_perception", context=context))
+        return self._strangers[-1]
 
     def transition(self, node: Any, *names: str) -> bool:
         """Ask for lifecycle transitions by service, as a manager would; whether the last one succeeded."""
@@ -102,6 +111,9 @@ class Graph:
         for node in self._nodes:
             node.destroy_node()
         rclpy.shutdown(context=self.context)
+        for stranger in self._strangers:
+            stranger.destroy_node()
+            rclpy.shutdown(context=stranger.context)
 
 
 @pytest.fixture
@@ -121,3 +133,22 @@ def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any
             return value
         time.sleep(0.01)
     pytest.fail(f"waited {timeout_s:g} s in vain for: {what}")
+
+
+class Spoken:
+    """What nodes of this process have logged to stderr so far in the test."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._capfd = capfd
+        self._text = ""
+
+    def lines(self, *words: str) -> list[str]:
+        """Log lines that hold all of these words."""
+        self._text += self._capfd.readouterr().err
+        return [line for line in self._text.splitlines() if all(word in line for word in words)]
+
+
+@pytest.fixture
+def spoken(capfd: pytest.CaptureFixture[str]) -> Spoken:
+    """The log of the nodes under test."""
+    return Spoken(capfd)
