@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the small GSViT that ships in models/: EfficientViT-M0 with a phase head, on the phantom.
+
+.venv/bin/python scripts/train_phantom_model.py            about 15 minutes on two cores
+.venv/bin/python scripts/train_phantom_model.py --quick    the same road in seconds, for tests; useless weights
+
+Rendered frames and the state of an interrupted training are kept below .cache/; running the same command again
+goes on where it stopped. Procedures (seeds) for training, calibration and the card's figures are disjoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from surg_perception.data.labels import CHOLEC80_PHASES  # noqa: E402
+from surg_perception.data.phantom import Phantom  # noqa: E402
+from surg_perception.gsvit.model_folder import round_matrices_to_fp16, save_model_folder  # noqa: E402
+from surg_perception.gsvit.network import IMAGE_SIZE, GSViT, GSViTConfig  # noqa: E402
+from surg_perception.models import LabelFacts  # noqa: E402
+
+CLASSES = len(CHOLEC80_PHASES)
+FRAME_SIZES = ((320, 240), (427, 240), (480, 270), (480, 360), (640, 360), (640, 480), (854, 480))
+DURATIONS_S = (60.0, 1200.0)
+TEST_SIZE, TEST_DURATION_S = (854, 480), 120.0
+MAX_BYTES = 12_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides the result. Seeds of the three sets start at 1000, 2000 and 3000."""
+
+    train_procedures: int = 60
+    calibration_procedures: int = 10
+    test_procedures: int = 16
+    frames: int = 80
+    epochs: int = 14
+    batch: int = 64
+    peak_learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.05
+    ema_half_life_steps: float = 100.0
+    head_hidden: tuple[int, ...] = (128,)
+    seed: int = 0
+
+
+QUICK = Plan(train_procedures=2, calibration_procedures=1, test_procedures=1, frames=14, epochs=1, batch=14)
+
+
+# ---- frames ------------------------------------------------------------------------------------------------
+
+
+def render(task: tuple[int, int, bool, Path]) -> Path:
+    """Write one procedure's frames, uint8 [n, 224, 224, 3] BGR, and their phases to a file; returns its path.
+
+    For the test, frames are evenly spaced in time at the size and length that the demo has. Otherwise size and
+    length vary, and every second frame is drawn from a phase chosen evenly, since short phases are rare.
+    """
+    seed, frames, test, file = task
+    if file.exists():
+        return file
+    rng = np.random.default_rng([seed, frames])
+    (width, height), duration_s = TEST_SIZE, TEST_DURATION_S
+    if not test:
+        width, height = FRAME_SIZES[rng.integers(len(FRAME_SIZES))]
+        duration_s = float(np.exp(rng.uniform(*np.log(DURATIONS_S))))
+    phantom = Phantom(width, height, seed=seed, duration_s=duration_s)
+    images, phases = [], []
+    for k in range(frames):
+        time_s = (k + 0.5) / frames * duration_s
+        if not test and k % 2:
+            start_s, end_s, _ = phantom.phases[(k // 2) % CLASSES]
+            time_s = rng.uniform(start_s, end_s)
+        bgr, labels = phantom.frame(min(int(time_s * phantom.rate_hz), len(phantom) - 1))
+        images.append(cv2.resize(bgr, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LINEAR))
+        phases.append(labels.phase)
+    partial = file.with_suffix(f".{os.getpid()}.partial.npz")
+    np.savez(partial, images=np.stack(images), phases=np.array(phases, np.int64))
+    os.replace(partial, file)
+    return file
+
+
+@functools.cache
+def phantom_sha256() -> str:
+    """sha256 over the phantom's source, so that frames of another phantom are never mixed in."""
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / "surg_perception" / "data").glob("phantom*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def load_frames(
+    name: str, first_seed: int, procedures: int, frames: int, test: bool, cache: Path, progress: Progress
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images [procedures, frames, 224, 224, 3] and phases [procedures, frames], rendered where not cached."""
+    settings = json.dumps([phantom_sha256(), FRAME_SIZES, DURATIONS_S, TEST_SIZE, TEST_DURATION_S, frames, test])
+    folder = cache / "phantom_frames" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [(seed, frames, test, folder / f"{seed}.npz") for seed in range(first_seed, first_seed + procedures)]
+    bar = progress.add_task(f"frames for {name}", total=procedures)
+    images, phases = [], []
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for file in pool.map(render, tasks):
+            with np.load(file) as content:
+                images.append(content["images"])
+                phases.append(content["phases"])
+            progress.advance(bar)
+    return np.stack(images), np.stack(phases)
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+def to_network(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """uint8 BGR [n, 224, 224, 3] to float BGR [n, 3, 224, 224] in 0..1."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).to(torch.float32) / 255.0
+
+
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Other cameras, lights and views: affine, mirror, gain per channel, gamma, contrast, blur, noise, patches."""
+    n = len(x)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(shape or (n,)).uniform_(low, high, generator=generator).to(x.device)
+
+    angle, zoom, stretch = uniform(-0.35, 0.35), uniform(0.85, 1.2), uniform(0.85, 1.18)
+    mirror = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+    rows = [cos * mirror * stretch, -sin, uniform(-0.1, 0.1), sin * mirror * stretch, cos, uniform(-0.1, 0.1)]
+    theta = torch.stack(rows, dim=1).view(n, 2, 3)
+    x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
+
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    x = torch.lerp(x, soft, (uniform(-0.6, 1.0)).view(n, 1, 1, 1))  # below 0 sharpens
+    x = x.clamp(1e-4, 1.0) ** torch.exp(uniform(-0.35, 0.35)).view(n, 1, 1, 1)
+    x = x * uniform(0.7, 1.35).view(n, 1, 1, 1) * uniform(0.85, 1.18, n, 3, 1, 1)
+    grey = x.mean(dim=1, keepdim=True)
+    x = grey + (x - grey) * uniform(0.6, 1.4).view(n, 1, 1, 1)
+    noise = torch.randn(x.shape, generator=generator).to(x.device)
+    x = x + noise * uniform(0.0, 0.05).view(n, 1, 1, 1)
+    for i in torch.nonzero(uniform(0, 1) < 0.3).flatten().tolist():
+        height, width = (int(side) for side in torch.randint(24, 80, (2,), generator=generator))
+        top, left = (int(torch.randint(0, IMAGE_SIZE - side, (), generator=generator)) for side in (height, width))
+        x[i, :, top : top + height, left : left + width] = uniform(0, 1, 3, 1, 1)
+    return x.clamp(0.0, 1.0)
+
+
+def logits_of(model: GSViT, images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Uncalibrated logits [n, classes] on the CPU."""
+    assert model.head is not None
+    with torch.no_grad():
+        parts = [
+            model.head(model.features(to_network(images[i : i + 64], device))).cpu() for i in range(0, len(images), 64)
+        ]
+    return torch.cat(parts)
+
+
+def train(
+    plan: Plan,
+    data: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    check: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    device: torch.device,
+    state_file: Path,
+    progress: Progress,
+) -> GSViT:
+    """The moving average of the weights after the last epoch, in evaluation mode on the CPU."""
+    images, phases = data[0].reshape(-1, *data[0].shape[2:]), torch.from_numpy(data[1].reshape(-1))
+    steps = len(images) // plan.batch
+    torch.manual_seed(plan.seed)
+    model = GSViT(GSViTConfig("m0", decoder=False, classes=CLASSES, head_hidden=plan.head_hidden)).to(device)
+    decay = 0.5 ** (1.0 / plan.ema_half_life_steps)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": plan.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=plan.peak_learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, plan.peak_learning_rate, total_steps=plan.epochs * steps, pct_start=0.15
+    )
+    parts: dict[str, Any] = {"model": model, "average": average, "optimiser": optimiser, "schedule": schedule}
+    first = 0
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        first = state["epochs"]
+        progress.console.print(f"going on after epoch {first} ({state_file})")
+    bar = progress.add_task("training", total=plan.epochs * steps, completed=first * steps)
+    for epoch in range(first, plan.epochs):
+        torch.manual_seed(1000 * plan.seed + epoch)  # dropout; so that a resumed run equals an uninterrupted one
+        generator = torch.Generator().manual_seed(1000 * plan.seed + epoch)
+        order = torch.randperm(len(images), generator=generator)[: steps * plan.batch]
+        model.train()
+        total = 0.0
+        for chosen in order.split(plan.batch):
+            batch = augment(to_network(images[chosen.numpy()], device), generator)
+            assert model.head is not None
+            logits = model.head(model.features(batch))
+            loss = F.cross_entropy(logits, phases[chosen].to(device), label_smoothing=plan.label_smoothing)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            average.update_parameters(model)
+            total += loss.item()
+            progress.advance(bar)
+        average.eval()
+        found = (
+            logits_of(cast(GSViT, average.module), check[0].reshape(-1, *check[0].shape[2:]), device).argmax(1).numpy()
+        )
+        accuracy = float((found == check[1].reshape(-1)).mean())
+        progress.console.print(
+            f"epoch {epoch + 1} of {plan.epochs}: training loss {total / steps:.3f}, "
+            f"accuracy of the averaged weights on the calibration procedures {accuracy:.3f}"
+        )
+        partial = state_file.with_suffix(".partial")
+        torch.save({"epochs": epoch + 1, **{name: part.state_dict() for name, part in parts.items()}}, partial)
+        os.replace(partial, state_file)
+    return cast(GSViT, average.module).cpu().eval()
+
+
+# ---- calibration and figures -------------------------------------------------------------------------------
+
+
+def best_temperature(logits: Tensor, phases: Tensor) -> float:
+    """Temperature with the least negative log-likelihood, 0.1 to 10 on a grid of 1 %."""
+    grid = torch.exp(torch.arange(np.log(0.1), np.log(10.0), 0.01)).tolist()
+    return float(min(grid, key=lambda t: float(F.cross_entropy(logits / t, phases))))
+
+
+def figures(probabilities: NDArray[np.float32], phases: NDArray[np.int64]) -> dict[str, object]:
+    """Accuracy, macro F1, expected calibration error (15 bins) and recall per phase.
+
+    Args:
+        probabilities: [procedures, frames, classes].
+        phases: [procedures, frames].
+    """
+    found = probabilities.argmax(-1)
+    per_procedure = (found == phases).mean(axis=1)
+    confusion = np.zeros((CLASSES, CLASSES), np.int64)
+    np.add.at(confusion, (phases.ravel(), found.ravel()), 1)
+    hits, truth, said = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    with np.errstate(invalid="ignore"):
+        f1 = 2 * hits / (truth + said)
+        recall = hits / truth
+    confidence, right = probabilities.max(-1).ravel(), (found == phases).ravel()
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    gaps = [abs(float((confidence[bins == b] - right[bins == b]).sum())) for b in range(15)]
+    return {
+        "accuracy": round(float(per_procedure.mean()), 4),
+        "accuracy_sd_over_procedures": round(float(per_procedure.std(ddof=1)), 4) if len(phases) > 1 else None,
+        "macro_f1": round(float(np.nanmean(f1)), 4),
+        "expected_calibration_error": round(sum(gaps) / right.size, 4),
+        "recall": {
+            name: round(float(value), 4) for name, value in zip(CHOLEC80_PHASES, recall, strict=True) if value == value
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "models" / "gsvit_m0_phantom", help="model folder to write")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="where frames and progress are kept")
+    parser.add_argument("--epochs", type=int, help=f"default {Plan.epochs}")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    parser.add_argument("--quick", action="store_true", help="a few frames and one epoch: tests the road only")
+    arguments = parser.parse_args()
+    plan = replace(QUICK if arguments.quick else Plan(), seed=arguments.seed)
+    plan = replace(plan, epochs=arguments.epochs or plan.epochs)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    console = Console()
+    key = hashlib.sha256(json.dumps([phantom_sha256(), asdict(plan)]).encode()).hexdigest()[:16]
+    state_file = arguments.cache / "train_phantom_model" / f"{key}.pt"
+    state_file.parent.mkdir(parents=True, exist_ok=True)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        sets = {
+            name: load_frames(name, first, count, plan.frames, name == "the test", arguments.cache, progress)
+            for name, first, count in (
+                ("training", 1000, plan.train_procedures),
+                ("calibration", 2000, plan.calibration_procedures),
+                ("the test", 3000, plan.test_procedures),
+            )
+        }
+        model = train(plan, sets["training"], sets["calibration"], device, state_file, progress)
+    round_matrices_to_fp16(model)
+    assert model.head is not None
+    cpu = torch.device("cpu")
+    flat = {name: images.reshape(-1, *images.shape[2:]) for name, (images, _) in sets.items()}
+    calibration = torch.from_numpy(sets["calibration"][1].reshape(-1))
+    model.head.temperature.fill_(best_temperature(logits_of(model, flat["calibration"], cpu), calibration))
+    logits = logits_of(model, flat["the test"], cpu) / model.head.temperature
+    phases = sets["the test"][1]
+    measured = figures(torch.softmax(logits, 1).numpy().reshape(*phases.shape, CLASSES), phases)
+
+    width, height = TEST_SIZE
+    card = save_model_folder(
+        model,
+        arguments.out,
+        name=arguments.out.name,
+        version="0.1.0",
+        labels=LabelFacts("cholec80", CHOLEC80_PHASES),
+        metrics={
+            "held_out_phantom": {
+                **measured,
+                "measured_on": f"{plan.test_procedures} phantom procedures of {TEST_DURATION_S:g} s that were not "
+                f"trained on, {width}x{height}, {plan.frames} evenly spaced single frames each, no temporal filter",
+            }
+        },
+        training={
+            "data": f"the phantom of this project (procedural images, no patient): {plan.train_procedures} procedures "
+            f"of {DURATIONS_S[0]:g} to {DURATIONS_S[1]:g} s, {plan.frames} frames each",
+            "phantom_sha256": phantom_sha256(),
+            "seeds": {
+                "training": [1000, 1000 + plan.train_procedures - 1],
+                "calibration": [2000, 2000 + plan.calibration_procedures - 1],
+                "test": [3000, 3000 + plan.test_procedures - 1],
+            },
+            "start_weights": "random",
+            "script": "scripts/train_phantom_model.py",
+            "settings": {**asdict(plan), "head_hidden": list(plan.head_hidden)},
+        },
+        licence="Apache-2.0",
+        intended_use="Demonstration and tests of the pipeline on its own phantom. Trained on procedural images, never "
+        "on a patient: on real video its phases mean nothing. Not a medical device.",
+        weight_storage="fp16",
+    )
+    size = sum(file.stat().st_size for file in arguments.out.iterdir())
+    if size > MAX_BYTES:
+        raise SystemExit(f"{arguments.out} holds {size} bytes; at most {MAX_BYTES} may ship")
+    state_file.unlink()
+    console.print(f"{card.model_id} in {arguments.out} ({size / 1e6:.1f} MB): {json.dumps(measured, indent=2)}")
+
+
+if __name__ == "__main__":
+    main()

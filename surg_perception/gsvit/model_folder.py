@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model folders with GSViT weights: writing one, opening one, making one from a released checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surg_perception.gsvit.checkpoint import (
+    CheckpointError,
+    build_gsvit,
+    load_gsvit,
+    read_tensors,
+    released_name,
+)
+from surg_perception.gsvit.network import GSViT
+from surg_perception.models import InputFacts, LabelFacts, ModelCard, ModelFile, NetworkFacts, read_card
+
+_WEIGHTS, _GRAPH = "model.safetensors", "model.onnx"
+
+
+def save_model_folder(
+    model: GSViT,
+    folder: str | Path,
+    *,
+    name: str,
+    version: str,
+    labels: LabelFacts,
+    metrics: Mapping[str, Any],
+    training: Mapping[str, Any],
+    licence: str,
+    intended_use: str,
+    weight_storage: str = "fp32",
+) -> ModelCard:
+    """Write `model.safetensors`, `model.onnx` and the card `model.yaml`, replacing those that are there.
+
+    The card is written last, so an interrupted write leaves files that do not match their card, which every
+    loader refuses. Weights lie under the released names (`gsvit.checkpoint`).
+
+    Args:
+        model: exported in evaluation mode, left as it is.
+        folder: made if it does not exist.
+        name, version, labels, metrics, training, licence, intended_use: of the card (`ModelCard`).
+        weight_storage: "fp32", or "fp16" for files half as big (`runtime.export.export_onnx`). Call
+            `round_matrices_to_fp16` before measuring a model that is to be stored so.
+
+    Raises:
+        ValueError: not as many label names as the model has classes.
+        surg_perception.models.ModelError: a value that a card cannot have.
+    """
+    from safetensors.torch import save_file
+
+    from surg_perception.runtime.export import export_onnx
+
+    if len(labels.names) != model.config.classes:
+        raise ValueError(f"{len(labels.names)} label names given for a model of {model.config.classes} classes")
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    graph = export_onnx(model, folder / _GRAPH, weight_storage=weight_storage, phases=labels.names)
+    weights, partial = folder / _WEIGHTS, folder / f".{_WEIGHTS}.{os.getpid()}.partial"
+    try:
+        save_file(_stored_tensors(model, weight_storage), partial)
+        partial.chmod(graph.stat().st_mode)  # safetensors makes files that only their owner can read
+        os.replace(partial, weights)
+    finally:
+        partial.unlink(missing_ok=True)
+    config = model.config
+    card = ModelCard(
+        folder=folder,
+        name=name,
+        version=version,
+        network=NetworkFacts(
+            architecture="gsvit",
+            size=config.size,
+            head_hidden=config.head_hidden if config.classes else (),
+            latent_shape=model.latent_shape,
+            decoder=config.decoder,
+            predict_change=config.predict_change,
+        ),
+        input=InputFacts(),
+        labels=labels,
+        temperature=float(model.head.temperature) if model.head is not None else 1.0,
+        metrics=dict(metrics),
+        training=dict(training),
+        licence=licence,
+        intended_use=intended_use,
+        weights=ModelFile.of(weights),
+        graph=ModelFile.of(graph),
+    )
+    card.write()
+    return card
+
+
+def load_model_folder(folder: str | Path) -> GSViT:
+    """Open the weights of a model folder after comparing them with the card; see `load_gsvit`.
+
+    Raises:
+        surg_perception.models.ModelError: no card, or a card that cannot be read, or weights that are missing
+            or not the ones that the card names (`CheckpointError` where their tensors are wrong).
+    """
+    card = read_card(folder)
+    card.verify("weights")
+    facts = card.network
+    model = build_gsvit(
+        read_tensors(card.weights_path),
+        size=facts.size,
+        predict_change=facts.predict_change,
+        source=str(card.weights_path),
+    )
+    found = (
+        model.config.decoder,
+        model.config.classes,
+        model.config.head_hidden if model.config.classes else (),
+    )
+    said = (facts.decoder, len(card.labels.names), facts.head_hidden)
+    if found != said:
+        raise CheckpointError(
+            f"{card.weights_path} has decoder, classes, hidden widths {found}, but its card says {said}; "
+            "correct the card or copy the model folder again, whole"
+        )
+    return model
+
+
+def import_released(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    name: str,
+    licence: str,
+    version: str = "released",
+    size: str = "m5",
+    predict_change: bool = False,
+    keep_decoder: bool = True,
+    weight_storage: str = "fp32",
+) -> ModelCard:
+    """Turn a released checkpoint (`GSViT.pkl`, `GSViT-<Procedure>.pkl`) into a model folder.
+
+    A released checkpoint has no phase head: the folder's graph has the one output `latent`, and its card
+    names no phases. The weights keep its decoder (1.3 GB) unless told otherwise; the graph never has it.
+
+    Args:
+        path, size, predict_change: as in `load_gsvit`.
+        folder, name, version, licence, weight_storage: as in `save_model_folder`; the licence is that under
+            which the user holds the weights.
+        keep_decoder: whether the folder's weights keep the next-frame decoder.
+
+    Raises:
+        FileNotFoundError, surg_perception.models.ModelError: as `load_gsvit` and `save_model_folder`.
+    """
+    model = load_gsvit(path, size=size, predict_change=predict_change)
+    if model.head is not None:
+        raise CheckpointError(f"{path} has a phase head, so it is no released GSViT checkpoint; use its model folder")
+    if not keep_decoder:
+        model.drop_decoder()
+    return save_model_folder(
+        model,
+        folder,
+        name=name,
+        version=version,
+        labels=LabelFacts("", ()),
+        metrics={},
+        training={"data": "as published with the checkpoint", "imported_from": ModelFile.of(path).__dict__},
+        licence=licence,
+        intended_use="Research. Latent features and no phases: the checkpoint has no phase head. Not a medical device.",
+        weight_storage=weight_storage,
+    )
+
+
+@torch.no_grad()
+def round_matrices_to_fp16(model: GSViT) -> GSViT:
+    """Round, in place, every weight that "fp16" storage rounds: what is measured is then what is stored."""
+    for parameter in model.parameters():
+        if _is_matrix(parameter):
+            parameter.copy_(parameter.to(torch.float16))
+    return model
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return tensor.ndim >= 2 and tensor.is_floating_point()
+
+
+def _stored_tensors(model: GSViT, weight_storage: str) -> dict[str, Tensor]:
+    """Tensors by released name, without the batch-norm counters, matrices as fp16 if asked for."""
+    half = weight_storage == "fp16"
+    return {
+        released_name(name): (value.to(torch.float16) if half and _is_matrix(value) else value).cpu().contiguous()
+        for name, value in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
