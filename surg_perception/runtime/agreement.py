@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an engine computes what it should: sound outputs, and agreement with fp32 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surg_perception.runtime.graph import FRAME_SHAPE
+
+FRAMES = 16
+MAX_PROBABILITY_DIFFERENCE = 0.05
+DECISIVE_MARGIN = 0.02
+MIN_LATENT_COSINE = 0.999
+_SUM_TOLERANCE = 1e-3
+
+Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""`probabilities` [N, C] (C is 0 without a phase head) and `latent` [N, D, 4, 4]."""
+
+
+@lru_cache(maxsize=1)
+def reference_frames() -> NDArray[np.uint8]:
+    """Sixteen pictures spread over the phantom's seven phases, uint8 [16, 224, 224, 3], BGR, read-only."""
+    from surg_perception.data.phantom import Phantom
+
+    height, width, _ = FRAME_SHAPE
+    phantom = Phantom(width=width, height=height, rate_hz=1.0, seed=0, duration_s=FRAMES * 10.0)
+    indices = (np.arange(FRAMES) + 0.5) * len(phantom) / FRAMES
+    frames = np.stack([phantom.frame(int(index))[0] for index in indices])
+    frames.flags.writeable = False
+    return frames
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far outputs lie from reference outputs.
+
+    Attributes:
+        probability_difference: greatest absolute difference of a probability.
+        phase_changes: frames whose most probable phase differs although the reference's two most probable
+            phases lie more than `DECISIVE_MARGIN` apart.
+        latent_cosine: least cosine between a frame's two latents.
+    """
+
+    probability_difference: float
+    phase_changes: int
+    latent_cosine: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the outputs can stand for the reference's."""
+        return (
+            self.probability_difference <= MAX_PROBABILITY_DIFFERENCE
+            and self.phase_changes == 0
+            and self.latent_cosine >= MIN_LATENT_COSINE
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"max |dp| {self.probability_difference:.2g} (bound {MAX_PROBABILITY_DIFFERENCE}), "
+            f"{self.phase_changes} phases changed (bound 0), "
+            f"min latent cosine {self.latent_cosine:.6f} (bound {MIN_LATENT_COSINE})"
+        )
+
+
+def compare(found: Outputs, reference: Outputs) -> Agreement:
+    """Agreement of two engines' outputs on the same frames; NaN counts as disagreement."""
+    (p, latent), (p_ref, latent_ref) = found, reference
+    difference, changes = 0.0, 0
+    if p_ref.shape[1]:
+        difference = float(np.nan_to_num(np.abs(p - p_ref).max(), nan=np.inf))
+        top_two = np.sort(p_ref, axis=1)[:, -2:]
+        decisive = top_two[:, -1] - (top_two[:, 0] if p_ref.shape[1] > 1 else 0.0) > DECISIVE_MARGIN
+        changes = int((decisive & (p.argmax(axis=1) != p_ref.argmax(axis=1))).sum())
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (latent, latent_ref))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    same = (a == b).all(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = np.where(same, 1.0, (a * b).sum(axis=1) / lengths)
+    return Agreement(difference, changes, float(np.nan_to_num(cosines, nan=-1.0).min()))
+
+
+def unsound(outputs: Outputs) -> Iterator[str]:
+    """What is wrong with outputs whatever the model: NaN, infinity, or probabilities that are none."""
+    probabilities, latent = outputs
+    for name, values in (("probabilities", probabilities), ("latent", latent)):
+        if not np.isfinite(values).all():
+            yield f"{name} hold {int((~np.isfinite(values)).sum())} of {values.size} values that are not finite"
+    if probabilities.shape[1] and np.isfinite(probabilities).all():
+        sums = probabilities.sum(axis=1)
+        if probabilities.min() < 0 or np.abs(sums - 1).max() > _SUM_TOLERANCE:
+            yield (
+                f"probabilities sum to {sums.min():.4g} to {sums.max():.4g} and are at least "
+                f"{probabilities.min():.4g}, expected sums of 1 and no negative value"
+            )

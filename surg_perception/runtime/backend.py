@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One interface to the inference engines, and the choice among those that truly run on this machine."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surg_perception.models import ModelCard, ModelError, find_model
+from surg_perception.runtime.agreement import Outputs, compare, reference_frames, unsound
+from surg_perception.runtime.graph import FRAME_SHAPE
+
+PRECISIONS = ("fp32", "bf16")
+MAX_DEFAULT_THREADS = 4
+_BATCH = 32
+_logger = logging.getLogger("surg_perception.runtime")
+
+
+class BackendUnavailable(RuntimeError):
+    """No engine runs as asked; says which were tried and why each one does not."""
+
+
+class PrecisionRefused(BackendUnavailable):
+    """An engine runs, but at the asked precision its outputs are not those of fp32."""
+
+
+class InferenceError(RuntimeError):
+    """An engine that had loaded failed on a frame. `backend` is its name."""
+
+    def __init__(self, backend: str, reason: str) -> None:
+        super().__init__(f"{backend}: {reason}")
+        self.backend = backend
+
+
+class Backend(ABC):
+    """A model loaded into one engine on one device. Use it from one thread at a time.
+
+    Attributes:
+        kind: "openvino", "onnxruntime", "torch".
+        devices: devices that the engine can have; CUDA is NVIDIA's, GPU is Intel's.
+        card: the model.
+        device, precision, threads: what it runs on, in which arithmetic ("fp32", "bf16"), with how many threads.
+        notes: what was tried before this engine was taken and why it was not, and how it was checked.
+    """
+
+    kind: ClassVar[str]
+    devices: ClassVar[tuple[str, ...]]
+
+    def __init__(self, card: ModelCard, device: str, precision: str, threads: int) -> None:
+        self.card = card
+        self.device = device
+        self.precision = precision
+        self.threads = threads
+        self.notes: list[str] = []
+        self._closed = False
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, device: str, precision: str) -> str | None:
+        """Why this machine cannot run this engine so; None if it can."""
+
+    @abstractmethod
+    def _run(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32] | None, NDArray[np.float32]]:
+        """Probabilities (None without a phase head) and latents of C-contiguous frames, in arrays of their own."""
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Let go of the engine."""
+
+    @property
+    def name(self) -> str:
+        """What runs, as "openvino:CPU:bf16"."""
+        return f"{self.kind}:{self.device}:{self.precision}"
+
+    def infer(self, frame: NDArray[np.uint8]) -> Outputs:
+        """Phase probabilities and latent of one frame.
+
+        Args:
+            frame: uint8 [224, 224, 3], BGR, resized by plain bilinear interpolation.
+
+        Returns:
+            probabilities float32 [C], calibrated, summing to 1 (C is 0 without a phase head), and latent
+            float32 [D, 4, 4]; both the caller's own.
+
+        Raises:
+            TypeError, ValueError: not such a frame.
+            InferenceError: the engine failed, its outputs are not finite, or it is closed.
+        """
+        _check_frames(frame, FRAME_SHAPE)
+        probabilities, latent = self._outputs(frame[np.newaxis])
+        return probabilities[0], latent[0]
+
+    def infer_batch(self, frames: NDArray[np.uint8]) -> Outputs:
+        """Probabilities [N, C] and latents [N, D, 4, 4] of frames uint8 [N, 224, 224, 3]; else as `infer`."""
+        _check_frames(frames, (None, *FRAME_SHAPE))
+        parts = [self._outputs(frames[start : start + _BATCH]) for start in range(0, len(frames), _BATCH)]
+        if not parts:
+            return (
+                np.zeros((0, len(self.card.labels.names)), np.float32),
+                np.zeros((0, *self.card.network.latent_shape), np.float32),
+            )
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+    def _outputs(self, frames: NDArray[np.uint8]) -> Outputs:
+        if self._closed:
+            raise InferenceError(self.name, "is closed; open another backend")
+        try:
+            probabilities, latent = self._run(np.ascontiguousarray(frames))
+        except Exception as error:
+            raise InferenceError(self.name, _first_line(error)) from error
+        if probabilities is None:
+            probabilities = np.zeros((len(frames), 0), np.float32)
+        if not (np.isfinite(latent).all() and np.isfinite(probabilities).all()):
+            raise InferenceError(self.name, "the outputs hold NaN or infinity")
+        return probabilities, latent
+
+    def close(self) -> None:
+        """Free the engine; calling it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._free()
+
+    def __enter__(self) -> Backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _check_frames(frames: object, shape: tuple[int | None, ...]) -> None:
+    expected = f"uint8 [{', '.join('N' if size is None else str(size) for size in shape)}], BGR"
+    if not isinstance(frames, np.ndarray):
+        raise TypeError(f"expected a NumPy array {expected}, found {type(frames).__name__}")
+    if frames.dtype != np.uint8:
+        raise TypeError(f"expected {expected}, found {frames.dtype} {list(frames.shape)}; do not scale to 0..1")
+    if frames.ndim != len(shape) or any(w not in (None, f) for f, w in zip(frames.shape, shape, strict=True)):
+        raise ValueError(f"expected {expected}, found {list(frames.shape)}; resize with cv2.INTER_LINEAR")
+
+
+def _engine_in(module: str, name: str) -> Callable[[], type[Backend]]:
+    def load() -> type[Backend]:
+        try:
+            engine: type[Backend] = getattr(importlib.import_module(f"surg_perception.runtime.{module}"), name)
+        except ImportError as error:
+            raise BackendUnavailable(f"not installed, or does not import ({_first_line(error)})") from error
+        return engine
+
+    return load
+
+
+def _torch() -> type[Backend]:
+    # OpenMP's threads spin while they wait for each other. On cores shared with the nodes beside, that makes a
+    # frame of 10 ms take 140; it can be turned off only before PyTorch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return _engine_in("torch_backend", "TorchBackend")()
+
+
+def _tensorrt() -> type[Backend]:
+    raise BackendUnavailable("comes with its own backend, not available in this version")
+
+
+BACKENDS: dict[str, Callable[[], type[Backend]]] = {
+    "tensorrt": _tensorrt,
+    "openvino": _engine_in("openvino_backend", "OpenVinoBackend"),
+    "onnxruntime": _engine_in("onnxruntime_backend", "OnnxRuntimeBackend"),
+    "torch": _torch,
+}
+"""Engines by name; each is imported when it is asked for, and raises `BackendUnavailable` if it cannot be."""
+
+AUTO_ORDER: tuple[tuple[str, str], ...] = (
+    ("tensorrt", "CUDA"),
+    ("onnxruntime", "CUDA"),
+    ("torch", "CUDA"),
+    ("openvino", "CPU"),
+    ("onnxruntime", "CPU"),
+    ("torch", "CPU"),
+)
+"""Engine and device, best first."""
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every engine by name: None where it is installed and finds a device, else the reason why not."""
+    found: dict[str, str | None] = {}
+    for kind, load in BACKENDS.items():
+        try:
+            engine = load()
+        except BackendUnavailable as error:
+            found[kind] = str(error)
+            continue
+        reasons = [engine.refusal(device, "fp32") for device in engine.devices]
+        found[kind] = None if None in reasons else "; ".join(filter(None, reasons))
+    return found
+
+
+def open_backend(
+    model: str | Path | ModelCard,
+    backend: str = "auto",
+    precision: str = "fp32",
+    allow_fallback: bool = True,
+    device: str | None = None,
+    threads: int | None = None,
+    exclude: Collection[str] = (),
+) -> Backend:
+    """Load a model into the engine that is asked for, or into the best one that truly runs here.
+
+    An engine runs truly when it has loaded the model and its outputs on sixteen sample frames are sound
+    and those of fp32 on the CPU in the same engine (`runtime.agreement`).
+
+    Args:
+        model: what `find_model` takes, or a card. sha256 is not checked here (`ModelCard.verify`).
+        backend: "auto", or a name of `BACKENDS`.
+        precision: "fp32", or "bf16" where the device has it.
+        allow_fallback: whether, instead of what was asked for, fp32 will do, and then another engine. Asked
+            for "auto", engines that have the precision come first.
+        device: "CPU", "CUDA" or "GPU" (Intel); the best one unless told.
+        threads: CPU threads; `default_threads()` unless told.
+        exclude: engines not to take, by name or its beginning: "openvino", "onnxruntime:CUDA".
+
+    Returns:
+        A backend whose `name` says what runs and whose `notes` say what does not, and why.
+
+    Raises:
+        ModelError: the model cannot be found, or its graph is not one of this project's.
+        BackendUnavailable: nothing runs as asked, with every reason.
+        ValueError: an argument that does not exist.
+    """
+    card = model if isinstance(model, ModelCard) else find_model(model)
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}, expected at least 1, or None for the default")
+    asked = _candidates(backend, device)
+    others = [candidate for candidate in AUTO_ORDER if candidate not in asked] if allow_fallback else []
+    precisions = dict.fromkeys((precision, "fp32")) if allow_fallback else (precision,)
+    queue = deque((kind, where, how) for places in (asked, others) for how in precisions for kind, where in places)
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        if text not in notes:
+            notes.append(text)
+
+    while queue:
+        kind, where, how = queue.popleft()
+        name = f"{kind}:{where}:{how}"
+        if any(f"{name}:".startswith(f"{part}:") for part in exclude):
+            note(f"{name}: excluded")
+            continue
+        try:
+            engine = _load(card, kind, where, how, threads or default_threads())
+        except PrecisionRefused as error:
+            note(f"{name}: {error}")
+            _logger.warning("%s refused: %s", name, error)
+            if allow_fallback:
+                queue.appendleft((kind, where, "fp32"))
+        except BackendUnavailable as error:
+            note(f"{kind}:{where}: {error}")
+        else:
+            if backend not in ("auto", kind) or how != precision or (device and where != device.upper()):
+                wanted = ":".join(filter(None, (backend, device, precision)))
+                note(f"{wanted} was asked for, {engine.name} runs instead")
+                _logger.warning("%s was asked for, %s runs instead: %s", wanted, engine.name, "; ".join(notes))
+            else:
+                _logger.info("%s runs %s", engine.name, card.model_id)
+            engine.notes = notes + engine.notes
+            return engine
+    wanted = ":".join(filter(None, (backend, device, precision)))
+    advice = "" if allow_fallback else "; allow_fallback would take the next best instead"
+    raise BackendUnavailable(f"{card.name} does not run as {wanted} on this machine: {'; '.join(notes)}{advice}")
+
+
+def default_threads() -> int:
+    """CPU threads of a backend unless told: the physical cores this process may use, at most four.
+
+    EfficientViT's many small layers gain little from more, and every thread takes time from the nodes beside.
+    """
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in cpus:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, min(len(cores), MAX_DEFAULT_THREADS))
+
+
+def _candidates(backend: str, device: str | None) -> list[tuple[str, str]]:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
+    if device is None:
+        return [candidate for candidate in AUTO_ORDER if backend in ("auto", candidate[0])]
+    if device.upper() not in ("CPU", "CUDA", "GPU"):
+        raise ValueError(f"unknown device {device!r}; expected CPU, CUDA or GPU")
+    kinds = dict.fromkeys(kind for kind, _ in AUTO_ORDER) if backend == "auto" else (backend,)
+    return [(kind, device.upper()) for kind in kinds]
+
+
+def _load(card: ModelCard, kind: str, device: str, precision: str, threads: int) -> Backend:
+    """An engine that has passed its check.
+
+    Raises:
+        BackendUnavailable: it does not run.
+        ModelError: the model is to blame.
+    """
+    engine = BACKENDS[kind]()
+    if device not in engine.devices:
+        raise BackendUnavailable(f"has no device {device}; expected {' or '.join(engine.devices)}")
+    reason = engine.refusal(device, precision)
+    if reason:
+        raise BackendUnavailable(reason)
+    backend = _construct(engine, card, device, precision, threads)
+    try:
+        _check(backend)
+    except InferenceError as error:
+        backend.close()
+        raise BackendUnavailable(f"failed on a sample frame: {error}") from error
+    except BaseException:
+        backend.close()
+        raise
+    return backend
+
+
+def _construct(engine: type[Backend], card: ModelCard, device: str, precision: str, threads: int) -> Backend:
+    try:
+        return engine(card, device, precision, threads)
+    except (ModelError, BackendUnavailable):
+        raise
+    except Exception as error:
+        raise BackendUnavailable(f"could not load {card.name}: {_first_line(error)}") from error
+
+
+def _check(backend: Backend) -> None:
+    """Run the sample frames; refuse unsound outputs, and outputs that are not those of fp32 on the CPU."""
+    outputs = _on_samples(backend)
+    problems = list(unsound(outputs))
+    if problems:
+        raise BackendUnavailable(f"gives wrong outputs on sample frames: {'; '.join(problems)}")
+    if (backend.device, backend.precision) == ("CPU", "fp32"):
+        agreement, reference = compare(_on_samples(backend), outputs), "itself"
+    else:
+        with _construct(type(backend), backend.card, "CPU", "fp32", backend.threads) as fp32:
+            agreement, reference = compare(outputs, _on_samples(fp32)), fp32.name
+    if not agreement.holds:
+        refused = PrecisionRefused if backend.precision != "fp32" else BackendUnavailable
+        raise refused(f"disagrees with {reference} on {len(outputs[0])} sample frames: {agreement}")
+    backend.notes.append(f"{backend.name}: agrees with {reference} on {len(outputs[0])} sample frames: {agreement}")
+
+
+def _on_samples(backend: Backend) -> Outputs:
+    results = [backend.infer(frame) for frame in reference_frames()]
+    return np.stack([result[0] for result in results]), np.stack([result[1] for result in results])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
