@@ -231,13 +231,9 @@ class _FolderSource(FrameSource):
         loop: bool,
     ) -> None:
         super().__init__(str(folder), width, height, loop)
-        files = [
-            file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file()
-        ]
+        files = [file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file()]
         if not files:
-            raise SourceError(
-                f"{folder}: no images found; looked for {', '.join('*' + s for s in _IMAGE_SUFFIXES)}"
-            )
+            raise SourceError(f"{folder}: no images found; looked for {', '.join('*' + s for s in _IMAGE_SUFFIXES)}")
         files.sort(key=_natural_order)
         self._resampled_hz = None
         self.rate_hz = rate_hz or 1.0
@@ -248,9 +244,7 @@ class _FolderSource(FrameSource):
             times_s = [_last_number(file) / name_rate_hz for file in files]
             for k in range(1, len(files)):
                 if times_s[k] == times_s[k - 1]:
-                    raise SourceError(
-                        f"{folder}: {files[k - 1].name} and {files[k].name} have the same number"
-                    )
+                    raise SourceError(f"{folder}: {files[k - 1].name} and {files[k].name} have the same number")
             self._resampled_hz = rate_hz
             self.rate_hz = rate_hz or 0.0
         self._files = list(zip(files, times_s, strict=True))
@@ -277,9 +271,7 @@ class _FolderSource(FrameSource):
 
 
 class _VideoSource(FrameSource):
-    def __init__(
-        self, path: Path, width: int | None, height: int | None, rate_hz: float | None, loop: bool
-    ) -> None:
+    def __init__(self, path: Path, width: int | None, height: int | None, rate_hz: float | None, loop: bool) -> None:
         super().__init__(str(path), width, height, loop)
         self._resampled_hz = rate_hz
         with self._open() as container:

@@ -19,7 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surg_perception.data.labels import CHOLECT50_INSTRUMENTS
-from surg_perception.data.phantom_script import Anatomy, Bag, Bleed, SceneState, ToolPose, Vec
+from surg_perception.data.phantom_script import (
+    BAG_MOUTH_HALF,
+    BAG_MOUTH_WIDENS,
+    BAG_MOUTH_Y,
+    Anatomy,
+    Bag,
+    Bleed,
+    SceneState,
+    ToolPose,
+    Vec,
+)
 from surg_perception.data.phantom_tools import (
     HALF_HEIGHT,
     LEFT,
@@ -43,6 +53,7 @@ _NEARER = 2.0  # how much wider a shaft is at its far (near the eye) end
 _LENGTH = 0.8  # foreshortening of a shaft
 _GAIN = 96.0  # gain map value that means 1
 _QUANTA = 24
+_SHRED_COLOURS = ((92, 150, 204), (104, 120, 196), (58, 62, 142), (138, 168, 198), (60, 96, 150))
 
 
 # ---- textures --------------------------------------------------------------------------------------------
@@ -352,7 +363,7 @@ class _Patient:
         raw += (_tint(20, 12, 112) - raw) * (0.7 * _smooth(_noise(rng, shape, 12, 3), 0.7, 1.5))[..., None]
         bed = _Surface(shape, self.unit)
         bed.lay(
-            None, raw.astype(np.float32), (0.0055 * fibres + 0.006 * patchy - 0.03 * inside).astype(np.float32), 0.74
+            None, raw.astype(np.float32), (0.0055 * fibres + 0.006 * patchy - 0.03 * inside).astype(np.float32), 0.64
         )
         self.bed_colour, self.bed_surface = bed.bytes()
         self.bed_alpha = np.rint(255 * inside).astype(np.uint8)
@@ -476,8 +487,8 @@ class _Patient:
         side = folds.shape[0]
         axis = (np.arange(side, dtype=np.float32) + 0.5) / self.bag_density - self.bag_half
         x, y = np.meshgrid(axis, axis)
-        mouth_x, mouth_y = 0.30 + 0.22 * opening, 0.03 + 0.15 * opening
-        mouth_at = -0.42
+        mouth_x, mouth_y = BAG_MOUTH_HALF + BAG_MOUTH_WIDENS * opening, 0.03 + 0.15 * opening
+        mouth_at = BAG_MOUTH_Y
         ring = np.hypot(x / mouth_x, (y - mouth_at) / mouth_y)
         depth = np.clip((y - mouth_at) / 0.95, 0, 1)
         half = (mouth_x + (0.10 - 0.1 * opening) * np.sin(np.pi * depth)) * np.sqrt(
@@ -619,6 +630,12 @@ class Renderer:
         self._density = max(5.0, min(48.0, _SHAFT_HALF_WIDTH * self.radius * 1.55))
         self._blank = np.empty((height, width, 3), np.uint8)
         self._blank[:] = rng.integers((2, 1, 3), (7, 4, 12))
+        self._shreds = {
+            vessel: rng.uniform(
+                (0.1, -0.9, 0.5, 0.15, -0.5, 0), (1.0, 0.9, 2.2, 0.55, 0.5, len(_SHRED_COLOURS)), (count, 6)
+            )
+            for vessel, count in (("duct", 16), ("artery", 9))
+        }
         self._prepare_optics(rng)
         self._prepare_light(rng)
 
@@ -916,7 +933,7 @@ class Renderer:
 
     def _draw_vessels(self, colour: U8, surface: U8, state: SceneState, view: Matrix) -> None:
         scale = math.hypot(view[0, 0], view[1, 0])
-        looks = (("artery", 0.023, (26, 22, 84), (84, 82, 196)), ("duct", 0.038, (34, 52, 84), (128, 164, 196)))
+        looks = (("artery", 0.023, (24, 20, 78), (74, 72, 180)), ("duct", 0.038, (30, 46, 78), (112, 148, 182)))
         for vessel, half, dark, bright in looks:
             for piece, line in enumerate(self._strand(state, vessel)):
                 points = line @ view[:, :2].T + view[:, 2]
@@ -932,7 +949,21 @@ class Renderer:
                 cv2.polylines(
                     surface, [pixels], False, (128, 118, 150), max(1, round(1.2 * half * scale)), cv2.LINE_AA, 4
                 )
+                self._draw_shreds(colour, vessel, points, half * scale)
                 self._draw_clips(colour, state, vessel, piece, points, half * scale)
+
+    def _draw_shreds(self, colour: U8, vessel: str, points: Vec, half: float) -> None:
+        """Threads of fat and connective tissue that dissection leaves on a vessel."""
+        tangent = np.gradient(points, axis=0)
+        tangent /= np.maximum(np.hypot(tangent[:, 0], tangent[:, 1]), 1e-6)[:, None]
+        for place, aside, length, thick, lean, tone in self._shreds[vessel]:
+            k = int(place * (len(points) - 1))
+            across = np.array([-tangent[k, 1], tangent[k, 0]])
+            middle = points[k] + across * aside * half
+            reach = (tangent[k] + lean * across) * length * half
+            ends = np.round(np.array([middle - reach, middle + reach]) * 16).astype(np.int32)
+            bgr = _SHRED_COLOURS[int(tone)]
+            cv2.polylines(colour, [ends], False, bgr, max(1, round(thick * half)), cv2.LINE_AA, 4)
 
     def _draw_clips(self, colour: U8, state: SceneState, vessel: str, piece: int, points: Vec, half: float) -> None:
         for name, place in state.clips:
@@ -967,7 +998,7 @@ class Renderer:
     def _draw_bag(self, colour: U8, surface: U8, bag: Bag, view: Matrix, *, back: bool) -> None:
         patient = self._patient
         facing, behind, front = patient.bag_pictures(min(max(bag.opening, 0.0), 1.0))
-        c, s = bag.size * math.cos(0.6 * bag.tilt), bag.size * math.sin(0.6 * bag.tilt)
+        c, s = bag.size * math.cos(bag.tilt), bag.size * math.sin(bag.tilt)
         k = 1 / patient.bag_density
         turn = np.array([[c * k, -s * k], [s * k, c * k]])
         m = np.empty((2, 3))

@@ -29,6 +29,11 @@ _VERB = {name: i for i, name in enumerate(CHOLECT50_VERBS)}
 _TARGET = {name: i for i, name in enumerate(CHOLECT50_TARGETS)}
 
 WORKING, ASSISTING, FUNDUS = 0, 1, 2
+"""The three trocars: the operator's right hand, the left hand, the assistant who lifts the fundus."""
+
+BAG_MOUTH_HALF, BAG_MOUTH_WIDENS, BAG_MOUTH_Y = 0.30, 0.22, -0.42
+"""Specimen bag of unit size: half-width of its closed mouth, what opening adds to it, the mouth's height."""
+
 _CAUTERY_VERBS = {_VERB["dissect"], _VERB["coagulate"]}
 
 
@@ -322,7 +327,8 @@ class Script:
             lead = rng.uniform(0.0, 1.0) * rest
             self._visit(plan, rng, "grasper", ASSISTING, a + lead, b - (rest - lead), [hold], 0.02)
         top: _ActSpec = ("retract", "gallbladder", "fundus", 1.0)
-        self._visit(plan, rng, "grasper", FUNDUS, start_s, end_s, [top], 0.01)
+        until_s = end_s if phase == 1 else start_s + 0.5 * (end_s - start_s)
+        self._visit(plan, rng, "grasper", FUNDUS, start_s, until_s, [top], 0.01)
 
     def _bleed_and_stop(
         self, plan: _Plan, start_s: float, end_s: float, rng: np.random.Generator, site: str, chance: float
@@ -512,9 +518,10 @@ class Script:
             return (1 - s) ** 2 * fundus + 2 * s * (1 - s) * control + s * s * neck
         if name == "bag_rim":
             at, size, tilt, opening = self._bag_mouth(time_s)
-            reach = 0.42 + 0.25 * opening
             side = 1.0 if self.anatomy.bag_spot[0] > 0 else -1.0
-            return at + size * reach * _vec(side * math.cos(tilt), -0.75)
+            rim = _vec(side * (BAG_MOUTH_HALF + BAG_MOUTH_WIDENS * opening), BAG_MOUTH_Y)
+            c, s_ = math.cos(tilt), math.sin(tilt)
+            return at + size * _vec(c * rim[0] - s_ * rim[1], s_ * rim[0] + c * rim[1])
         if name.startswith(("clip_", "cut_")):
             kind, vessel, *rest = name.split("_")
             place = 0.5 if kind == "cut" else {"duct": (0.62, 0.74, 0.34), "artery": (0.66, 0.36)}[vessel][int(rest[0])]
@@ -621,13 +628,20 @@ class Script:
             for c, z in bases
         ]
 
+    def _framing(self, phase: int, time_s: float) -> Vec:
+        """Camera x, y, zoom, roll meant for a phase; in phase 3 it follows the dissection up the liver bed."""
+        view = np.array(self._views[phase])
+        if phase == 3:
+            view[:2] += 0.6 * (self._fixed_site("front", self.progress(3, time_s)) - self._fixed_site("front", 0.35))
+        return view
+
     def _camera(self, time_s: float) -> tuple[float, float, float, float]:
         phase, _ = self.phase_at(time_s)
-        view = np.array(self._views[phase])
         start_s, end_s, _ = self.phases[phase]
+        view = self._framing(phase, time_s)
         if phase > 0:
             blend_s = min(2.5, 0.35 * (end_s - start_s))
-            previous = np.array(self._views[phase - 1])
+            previous = self._framing(phase - 1, time_s)
             view = previous + (view - previous) * smoothstep((time_s - start_s) / blend_s)
         wave = self._wave
         drift = np.array(

@@ -47,6 +47,7 @@ class Backend(ABC):
     Attributes:
         kind: "openvino", "onnxruntime", "torch".
         devices: devices that the engine can have; CUDA is NVIDIA's, GPU is Intel's.
+        needs: which file of the model folder it runs, "graph" or "weights".
         card: the model.
         device, precision, threads: what it runs on, in which arithmetic ("fp32", "bf16"), with how many threads.
         notes: what was tried before this engine was taken and why it was not, and how it was checked.
@@ -54,6 +55,7 @@ class Backend(ABC):
 
     kind: ClassVar[str]
     devices: ClassVar[tuple[str, ...]]
+    needs: ClassVar[str] = "graph"
 
     def __init__(self, card: ModelCard, device: str, precision: str, threads: int) -> None:
         self.card = card
@@ -183,6 +185,7 @@ AUTO_ORDER: tuple[tuple[str, str], ...] = (
     ("openvino", "CPU"),
     ("onnxruntime", "CPU"),
     ("torch", "CPU"),
+    ("openvino", "GPU"),
 )
 """Engine and device, best first."""
 
@@ -296,12 +299,15 @@ def default_threads() -> int:
 def _candidates(backend: str, device: str | None) -> list[tuple[str, str]]:
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
+    places = [(kind, where) for kind, where in AUTO_ORDER if backend in ("auto", kind)]
     if device is None:
-        return [candidate for candidate in AUTO_ORDER if backend in ("auto", candidate[0])]
+        return places
     if device.upper() not in ("CPU", "CUDA", "GPU"):
         raise ValueError(f"unknown device {device!r}; expected CPU, CUDA or GPU")
-    kinds = dict.fromkeys(kind for kind, _ in AUTO_ORDER) if backend == "auto" else (backend,)
-    return [(kind, device.upper()) for kind in kinds]
+    found = [(kind, where) for kind, where in places if where == device.upper()]
+    if not found:
+        raise ValueError(f"{backend} has no device {device!r}; it has {', '.join(where for _, where in places)}")
+    return found
 
 
 def _load(card: ModelCard, kind: str, device: str, precision: str, threads: int) -> Backend:
@@ -312,11 +318,13 @@ def _load(card: ModelCard, kind: str, device: str, precision: str, threads: int)
         ModelError: the model is to blame.
     """
     engine = BACKENDS[kind]()
-    if device not in engine.devices:
-        raise BackendUnavailable(f"has no device {device}; expected {' or '.join(engine.devices)}")
     reason = engine.refusal(device, precision)
     if reason:
         raise BackendUnavailable(reason)
+    try:
+        getattr(card, f"{engine.needs}_path")
+    except ModelError as error:
+        raise BackendUnavailable(str(error)) from error
     backend = _construct(engine, card, device, precision, threads)
     try:
         _check(backend)

@@ -24,10 +24,10 @@ class TorchBackend(Backend):
 
     kind: ClassVar[str] = "torch"
     devices: ClassVar[tuple[str, ...]] = ("CUDA", "CPU")
+    needs: ClassVar[str] = "weights"
 
     def __init__(self, card: ModelCard, device: str, precision: str, threads: int) -> None:
         super().__init__(card, device, precision, threads)
-        card.verify("weights")
         graph = FrameGraph(load_gsvit(card.folder)).requires_grad_(False)
         graph = import_timm().utils.model.reparameterize_model(graph, inplace=True)
         if precision == "bf16":

@@ -127,9 +127,7 @@ class PhasePipeline:
     catches what process() raises. `backend` may be replaced between frames.
     """
 
-    def __init__(
-        self, backend: PhaseBackend, labels: Sequence[str], settings: PhaseSettings | None = None
-    ) -> None:
+    def __init__(self, backend: PhaseBackend, labels: Sequence[str], settings: PhaseSettings | None = None) -> None:
         self.labels = tuple(labels)
         self.settings = settings or PhaseSettings()
         self.backend = backend
@@ -202,9 +200,7 @@ class PhasePipeline:
             return _NONE, latent
         if probabilities is None or probabilities.shape != (len(self.labels),):
             found = None if probabilities is None else probabilities.shape
-            raise ModelOutputError(
-                f"probabilities from the model are {found}, expected ({len(self.labels)},)"
-            )
+            raise ModelOutputError(f"probabilities from the model are {found}, expected ({len(self.labels)},)")
         if not np.isfinite(probabilities).all():
             raise ModelOutputError(f"the model's probabilities are not finite: {probabilities}")
         return probabilities, latent

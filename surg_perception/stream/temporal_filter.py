@@ -34,9 +34,7 @@ class FilterSettings:
             if not 0.0 <= value <= highest:
                 raise ValueError(f"{field.name} is {value}; it must be from 0 to {highest}")
         if self.reset_gap_s == 0.0:
-            raise ValueError(
-                "reset_gap_s is 0; it must be above 0, or every frame would start the filter anew"
-            )
+            raise ValueError("reset_gap_s is 0; it must be above 0, or every frame would start the filter anew")
 
 
 class FilteredPhase(NamedTuple):

@@ -75,8 +75,8 @@ def graph_of(
     nodes = [
         helper.make_node("Cast", [input_name], ["float"], to=TensorProto.FLOAT),
         helper.make_node("Mul", ["float", "scale"], ["scaled"]),
-        helper.make_node("Transpose", ["scaled"], ["image"], perm=[0, 3, 1, 2]),
-        helper.make_node("Conv", ["image", "kernel"], ["mixed"], strides=[56, 56]),
+        helper.make_node("Transpose", ["scaled"], ["bgr"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["bgr", "kernel"], ["mixed"], strides=[56, 56]),
         helper.make_node("Div" if poison == "latent" else "Add", ["mixed", "zero"], [latent_name]),
     ]
     outputs = [helper.make_tensor_value_info(latent_name, TensorProto.FLOAT, ["N", CHANNELS, 4, 4])]

@@ -443,6 +443,14 @@ def test_a_damaged_middle_of_a_jpeg_is_an_error(kind):
         assert caught.value.kind in ("corrupt", "truncated")
 
 
+def test_a_marker_that_no_scan_can_have_is_named():
+    data = bytearray(compressed(picture(240, 320)))
+    data[-200:-198] = b"\xff\x05"
+    with pytest.raises(ImageError, match="impossible marker 0x5") as caught:
+        decode_compressed(bytes(data))
+    assert caught.value.kind == "corrupt"
+
+
 def test_a_damaged_png_is_an_error():
     data = bytearray(compressed(picture(), "png"))
     data[len(data) // 2] ^= 1
