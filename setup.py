@@ -34,6 +34,7 @@ setup(
         *share("models"),
     ],
     install_requires=["setuptools"],
+    extras_require={"test": ["pytest"]},  # tells `colcon test` to run pytest
     zip_safe=False,
     entry_points={
         "console_scripts": [
