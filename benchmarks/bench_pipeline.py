@@ -118,7 +118,7 @@ def measure(case: str, duration_s: float, own_profile: bool, model: str) -> dict
     node.destroy_node()
     assert driver.stdout is not None
     sent = int(driver.stdout.read())
-    launch.send_signal(signal.SIGINT)
+    os.killpg(launch.pid, signal.SIGINT)  # as a terminal does: launch and its nodes
     launch.communicate(timeout=20)
     return figures(phases, sent)
 

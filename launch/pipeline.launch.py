@@ -25,6 +25,7 @@ from launch.actions import (
     OpaqueFunction,
     RegisterEventHandler,
     SetEnvironmentVariable,
+    TimerAction,
 )
 from launch.event_handler import EventHandler
 from launch.event_handlers import OnProcessExit, OnProcessStart
@@ -35,7 +36,10 @@ from launch.logging import get_logger
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
 from launch_ros.events.lifecycle import ChangeState, StateTransition
+from launch_ros.ros_adapters import get_ros_node
 from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import GetState
+from rclpy.client import Client
 
 SHARE = Path(get_package_share_directory("surg_perception"))
 PROFILE = SHARE / "config" / "fastdds_large_images.xml"
@@ -141,6 +145,8 @@ class BringUp:
         self.nodes = nodes
         self.respawn = respawn
         self.state = ["starting"] * len(nodes)
+        self.answer = [""] * len(nodes)
+        self.clients: dict[int, Client] = {}
 
     def handlers(self) -> list[Entity]:
         handlers: list[Entity] = []
@@ -168,7 +174,30 @@ class BringUp:
 
     def _started(self, context: LaunchContext, i: int) -> list[Entity]:
         self.state[i] = "starting"
-        return [self._change(i, Transition.TRANSITION_CONFIGURE)]
+        self.answer[i] = ""
+        return self._configure(context, i)
+
+    def _configure(self, context: LaunchContext, i: int) -> list[Entity]:
+        """Ask the node for its state until it answers, and only then for configure; again, if it stays unconfigured.
+
+        While DDS discovers a new process, or still shows the service of one that crashed, a request can be lost and
+        never gets an answer. Asking for the state again does no harm; asking for configure again would.
+        """
+        if self.state[i] != "starting" or context.is_shutdown:
+            return []
+        answer, self.answer[i] = self.answer[i], ""
+        if answer == "unconfigured":
+            return [self._change(i, Transition.TRANSITION_CONFIGURE), self._again(i, 3.0)]
+        if i not in self.clients:
+            name = f"{self.nodes[i].node_name}/get_state"
+            self.clients[i] = get_ros_node(context).create_client(GetState, name)
+        if self.clients[i].service_is_ready():
+            asked = self.clients[i].call_async(GetState.Request())
+            asked.add_done_callback(lambda done: self.answer.__setitem__(i, done.result().current_state.label))
+        return [self._again(i, 0.3)]
+
+    def _again(self, i: int, after_s: float) -> Entity:
+        return TimerAction(period=after_s, actions=[OpaqueFunction(function=self._configure, args=[i])])
 
     def _exited(self, i: int) -> Callable[[ProcessExited, LaunchContext], None]:
         def check(event: ProcessExited, context: LaunchContext) -> None:

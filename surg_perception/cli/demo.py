@@ -83,8 +83,8 @@ def stop(launch: subprocess.Popen[bytes]) -> None:
     for number, patience_s in ((signal.SIGINT, 10), (signal.SIGTERM, 3), (signal.SIGKILL, 3)):
         if launch.poll() is not None:
             return
-        # Only the launch process is told: it passes the signal on to its nodes.
-        launch.send_signal(number)
+        # The whole group, as Ctrl-C does: on SIGINT, launch relies on the terminal having told its nodes too.
+        os.killpg(launch.pid, number)
         try:
             launch.wait(patience_s)
         except subprocess.TimeoutExpired:

@@ -47,6 +47,7 @@ class PerceptionNode(LifecycleNode):
         for parameter in table.parameters:
             self._declare(parameter)
         self._warn_unknown()
+        self._guard_transitions()
         self.add_on_set_parameters_callback(self._validate)
         self._apply_after_set = hasattr(self, "add_post_set_parameters_callback")
         if self._apply_after_set:  # not in Humble
@@ -142,6 +143,20 @@ class PerceptionNode(LifecycleNode):
 
     def cleanup(self) -> None:
         """Give everything back. Must not raise, and must work after a half-done configure."""
+
+    def _guard_transitions(self) -> None:
+        """Refuse a transition that the state does not have; rclpy lets it end the process."""
+        change_state = self._service_change_state.callback
+
+        def guarded(request: Any, response: Any) -> Any:
+            try:
+                return change_state(request, response)
+            except Exception as error:
+                self.get_logger().warning(f"transition {request.transition.id} refused in {self.state_label}: {error}")
+                response.success = False
+                return response
+
+        self._service_change_state.callback = guarded
 
     def _attempt(self, step: Callable[[], None], undo: Callable[[], None], what: str) -> TransitionCallbackReturn:
         try:

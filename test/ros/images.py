@@ -33,9 +33,7 @@ def jpeg_image(bgr: np.ndarray, quality: int = 95) -> CompressedImage:
 
 def packed(array_: np.ndarray, encoding: str, width: int, height: int, step: int) -> Image:
     """An Image made by hand, for encodings that the package itself never writes."""
-    return Image(
-        height=height, width=width, encoding=encoding, step=step, data=array.array("B", array_.tobytes())
-    )
+    return Image(height=height, width=width, encoding=encoding, step=step, data=array.array("B", array_.tobytes()))
 
 
 def in_every_encoding(bgr: np.ndarray) -> dict[str, Image]:

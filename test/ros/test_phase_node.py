@@ -23,12 +23,12 @@ from rclpy.duration import Duration
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CompressedImage, Image
+from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, SurgicalPhase
 
 from surg_perception.data.phantom import Phantom
 from surg_perception.models import find_model
 from surg_perception.nodes.phase_node import PhaseNode
 from surg_perception.runtime.backend import InferenceError
-from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, SurgicalPhase
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 MODEL = "gsvit_m0_phantom"
@@ -187,9 +187,7 @@ def test_no_header_can_stop_the_worker(
 ) -> None:
     before = shared_rig.node._counts
     done = before.processed + before.rejected + before.faults
-    shared_rig.send(
-        Image(encoding=encoding, height=height, width=width, step=step, data=array.array("B", data))
-    )
+    shared_rig.send(Image(encoding=encoding, height=height, width=width, step=step, data=array.array("B", data)))
     counts = shared_rig.node._counts
     wait_until(lambda: counts.processed + counts.rejected + counts.faults > done, 10, "an answer to a random header")
     assert counts.faults == 0
@@ -357,6 +355,19 @@ def test_lifecycle_twice_around_gives_everything_back(graph: Graph, picture: np.
     assert graph.transition(rig.node, "unconfigured_shutdown")
 
 
+def test_a_transition_that_the_state_does_not_have_is_refused_and_the_node_lives(
+    graph: Graph, picture: np.ndarray
+) -> None:
+    rig = Rig(graph)
+    assert not graph.transition(rig.node, "activate")
+    assert graph.transition(rig.node, "configure")
+    assert not graph.transition(rig.node, "configure")
+    assert not graph.transition(rig.node, "deactivate")
+    rig.graph.transition(rig.node, "activate")
+    wait_until(lambda: rig.raw.get_subscription_count() == 1, 10, "the node's image subscription")
+    assert rig.ask(raw_image(picture)).phase_id >= 0
+
+
 def test_deactivate_while_a_frame_is_being_processed(graph: Graph, picture: np.ndarray) -> None:
     rig = Rig(graph).up()
     infer = rig.node._backend.infer
@@ -448,9 +459,7 @@ def test_silence_is_explained_with_topic_type_and_qos(graph: Graph, spoken: Spok
     wrong = graph.stranger()
     wrong.create_publisher(Image, "image/compressed", 10)
     wait_until(
-        lambda: spoken.lines(
-            "no usable image", "/surg_perception/image/compressed", "sensor_msgs/msg/Image, reliable"
-        ),
+        lambda: spoken.lines("no usable image", "/surg_perception/image/compressed", "sensor_msgs/msg/Image, reliable"),
         10,
         "a warning that names topic, type and QoS",
     )

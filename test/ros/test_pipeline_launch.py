@@ -19,7 +19,6 @@ pytest.importorskip("rclpy", reason="ROS 2 is not in the environment: `source se
 from conftest import Graph, wait_until
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CompressedImage
-
 from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, SurgicalPhase
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -57,7 +56,7 @@ class Launched:
     def stop(self) -> int:
         """End it as Ctrl-C does; returns its exit status."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            os.killpg(self.process.pid, signal.SIGINT)  # as a terminal does: launch and its nodes
             try:
                 self.process.wait(15)
             except subprocess.TimeoutExpired:
@@ -193,7 +192,17 @@ def test_launch_arguments_are_all_explained() -> None:
         timeout=60,
         check=True,
     ).stdout
-    for name in ("image", "transport", "model", "backend", "precision", "source", "overlay", "namespace", "use_sim_time"):
+    for name in (
+        "image",
+        "transport",
+        "model",
+        "backend",
+        "precision",
+        "source",
+        "overlay",
+        "namespace",
+        "use_sim_time",
+    ):
         assert f"'{name}':" in shown
     assert "no description given" not in shown
 

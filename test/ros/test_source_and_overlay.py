@@ -17,6 +17,7 @@ from conftest import Graph, Spoken, wait_until
 from images import raw_image, stamped
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CompressedImage, Image
+from surg_perception_msgs.msg import PhaseLabels, SurgicalPhase
 
 from surg_perception.data.labels import CHOLEC80_PHASES
 from surg_perception.data.phantom import Phantom
@@ -24,7 +25,6 @@ from surg_perception.data.video_writer import VideoWriter
 from surg_perception.nodes.overlay_node import OverlayNode
 from surg_perception.nodes.source_node import SourceNode
 from surg_perception.stream.image_decode import decode_image
-from surg_perception_msgs.msg import PhaseLabels, SurgicalPhase
 
 
 def stamp_ns(message: Any) -> int:
