@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surg_perception.data.phantom_render import Renderer
-from surg_perception.data.phantom_script import Script
+from surg_perception.data.phantom_script import SceneState, Script
 
 SIDE_RANGE = (64, 1920)
 """Least and greatest width and height in pixels."""
@@ -105,11 +105,12 @@ class Phantom:
         """Picture, BGR uint8 [H, W, 3], and its labels. Raises IndexError outside 0..len-1."""
         state = self._script.state(self.time_s(index))
         bgr, mask = self._renderer.draw(state, int(index))
-        return bgr, self._labels(int(index), mask)
+        return bgr, self._labels(int(index), state, mask)
 
     def labels(self, index: int) -> FrameLabels:
         """The labels alone, without drawing the picture. Raises IndexError outside 0..len-1."""
-        return self._labels(int(index), self.instrument_mask(index))
+        state = self._script.state(self.time_s(index))
+        return self._labels(int(index), state, self._renderer.instrument_mask(state))
 
     def instrument_mask(self, index: int) -> NDArray[np.uint8]:
         """Segmentation, uint8 [H, W]: 0 no instrument, n the n-th of the scene's instruments (1-based).
@@ -118,15 +119,13 @@ class Phantom:
         """
         return self._renderer.instrument_mask(self._script.state(self.time_s(index)))
 
-    def _labels(self, index: int, mask: NDArray[np.uint8]) -> FrameLabels:
-        time_s = self.time_s(index)
-        tools = self._script.state(time_s).tools
+    def _labels(self, index: int, state: SceneState, mask: NDArray[np.uint8]) -> FrameLabels:
         found = []
-        for number, tool in enumerate(tools, start=1):
+        for number, tool in enumerate(state.tools, start=1):
             box = _box(mask == number)
             if box is not None:
                 found.append(InstrumentLabel(tool.instrument, box, tool.verb, tool.target))
-        return FrameLabels(index, time_s, self._script.phase_at(time_s)[0], tuple(found))
+        return FrameLabels(index, state.time_s, self._script.phase_at(state.time_s)[0], tuple(found))
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[float, float, float, float] | None:

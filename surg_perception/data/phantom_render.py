@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from surg_perception.data.labels import CHOLECT50_INSTRUMENTS
 from surg_perception.data.phantom_script import (
+    ASSISTING,
     BAG_MOUTH_HALF,
     BAG_MOUTH_WIDENS,
     BAG_MOUTH_Y,
@@ -53,7 +54,10 @@ _NEARER = 2.0  # how much wider a shaft is at its far (near the eye) end
 _LENGTH = 0.8  # foreshortening of a shaft
 _GAIN = 96.0  # gain map value that means 1
 _QUANTA = 24
-_SHRED_COLOURS = ((92, 150, 204), (104, 120, 196), (58, 62, 142), (138, 168, 198), (60, 96, 150))
+_SHRED_COLOURS = {
+    "duct": ((92, 132, 172), (88, 108, 164), (66, 84, 136), (122, 152, 180)),
+    "artery": ((72, 74, 164), (78, 92, 168), (44, 40, 118), (90, 96, 178)),
+}
 
 
 # ---- textures --------------------------------------------------------------------------------------------
@@ -143,6 +147,12 @@ def _cells(rng: np.random.Generator, shape: tuple[int, int], size: float, warp: 
         for a in (dome, tone)
     ]
     return remapped[0], remapped[1]
+
+
+def _tile(field: F32) -> F32:
+    """Mirror a field both ways, so that it can be repeated without a seam, and soften it."""
+    half = np.hstack([field, field[:, ::-1]])
+    return cv2.GaussianBlur(np.vstack([half, half[::-1]]), (0, 0), 1.5, borderType=cv2.BORDER_REFLECT)
 
 
 class _Surface:
@@ -251,10 +261,10 @@ class _Patient:
         depth = rng.uniform(0.68, 1.08)
         self.liver = hue(48, 46, 122) * np.float32(depth)
         self.wall = hue(98, 104, 172)
-        self.fat = hue(96, 182, 240, 0.05)
+        self.fat = hue(96, 180, 240, 0.03)
         self.gut = hue(150, 150, 226)
         kinds = [(178, 160, 196), (150, 176, 190), (138, 136, 208), (186, 182, 192)]
-        self.gall = hue(*kinds[int(rng.integers(len(kinds)))])
+        self.gall = hue(*kinds[int(rng.integers(len(kinds)))], 0.035)
         self.blood = hue(14, 8, 104, 0.05)
 
     def _blob(
@@ -409,7 +419,9 @@ class _Patient:
         order = np.minimum(order, 0.80) * (1 - rest) + rest
         self.veil_order = np.clip(np.rint(255 * order), 0, 255).astype(np.uint8)
         # Under the veil: a dark hollow (Calot's triangle) that comes to light as it is opened.
-        self.hollow = np.rint(np.clip(215 * np.exp(-((reach / 0.30) ** 2)), 0, 255)).astype(np.uint8)
+        self.hollow = np.rint(215 * np.exp(-((reach / 0.30) ** 2)) * _smooth(edge.astype(np.float32), 0.0, 0.2)).astype(
+            np.uint8
+        )
 
     def _paint_gallbladder(self, rng: np.random.Generator) -> None:
         """Straightened along its axis: x = fundus to neck, y across, in world units of the resting organ."""
@@ -631,10 +643,8 @@ class Renderer:
         self._blank = np.empty((height, width, 3), np.uint8)
         self._blank[:] = rng.integers((2, 1, 3), (7, 4, 12))
         self._shreds = {
-            vessel: rng.uniform(
-                (0.1, -0.9, 0.5, 0.15, -0.5, 0), (1.0, 0.9, 2.2, 0.55, 0.5, len(_SHRED_COLOURS)), (count, 6)
-            )
-            for vessel, count in (("duct", 16), ("artery", 9))
+            vessel: rng.uniform((0.05, -0.8, 0.1, 0.2, -0.6, 0), (1.0, 0.8, 0.9, 0.8, 0.6, 4), (count, 6))
+            for vessel, count in (("duct", 18), ("artery", 10))
         }
         self._prepare_optics(rng)
         self._prepare_light(rng)
@@ -686,8 +696,7 @@ class Renderer:
         shine[-1] = 0
         self._shine_lut = np.rint(np.clip(shine - shine[-2], 0, 255)).astype(np.uint8)
         smoke_rng = np.random.default_rng([self.seed, 13])
-        self._smoke_a = cv2.GaussianBlur(_noise(smoke_rng, (192, 192), 5, 4, 0.6), (0, 0), 1.5)
-        self._smoke_b = cv2.GaussianBlur(_noise(smoke_rng, (192, 192), 9, 3, 0.6), (0, 0), 1.5)
+        self._smoke_layers = [_tile(_noise(smoke_rng, (96, 96), cells, 4, 0.6)) for cells in (3, 5)]
         grain = np.random.default_rng([self.seed, 14])
         w, h = self._size
         self._grain_mean = np.array([8.0, 8.0, 8.0, 0.0])
@@ -721,7 +730,7 @@ class Renderer:
         half = _SHAFT_HALF_WIDTH * zoom * SHAFT_SCALE[kind]
         length = (RIGHT) * _NEARER * half * _LENGTH
         end = tip + along * length
-        if tool.trocar == 1:
+        if tool.trocar == ASSISTING:
             across = -across
         density = self._density
         source = np.array([[0, -1], [0, 1], [RIGHT, -1], [RIGHT, 1]], np.float64)
@@ -779,8 +788,8 @@ class Renderer:
             self._draw_vessels(colour, surface, state, view)
         if state.bag is not None:
             self._draw_bag(colour, surface, state.bag, view, back=True)
-        if state.spine is not None or (state.bag is not None and state.bag.filled):
-            self._draw_gallbladder(colour, surface, state, view)
+        if state.spine is not None:
+            self._draw_gallbladder(colour, surface, state.spine, state, view)
         veil_to_view = self._texture_to_view(view, patient.unit, *patient.veil_at)
         self._lay(colour, surface, patient.veil(state.expose), patient.veil_surface, veil_to_view)
         if state.bag is not None:
@@ -843,15 +852,11 @@ class Renderer:
         _blend(colour[area], _three(bgra), alpha)
         _blend(surface[area], _three(cv2.warpAffine(over_surface, m, size)), alpha)
 
-    def _draw_gallbladder(self, colour: U8, surface: U8, state: SceneState, view: Matrix) -> None:
+    def _draw_gallbladder(
+        self, colour: U8, surface: U8, spine: tuple[Vec, Vec, Vec], state: SceneState, view: Matrix
+    ) -> None:
+        girth = state.girth
         patient = self._patient
-        spine, girth = state.spine, state.girth
-        if spine is None:
-            assert state.bag is not None
-            bag = state.bag
-            along = bag.size * np.array([math.cos(bag.tilt + 1.2), math.sin(bag.tilt + 1.2)])
-            middle = bag.at + np.array([0.0, 0.1]) * bag.size
-            spine, girth = (middle - 0.42 * along, middle, middle + 0.42 * along), 0.6
         fundus, control, neck = (view[:, :2] @ p + view[:, 2] for p in spine)
         t = np.linspace(0, 1, 33)[:, None]
         curve = (1 - t) ** 2 * fundus + 2 * t * (1 - t) * control + t * t * neck
@@ -911,25 +916,17 @@ class Renderer:
 
     def _strand(self, state: SceneState, vessel: str) -> list[Vec]:
         """Pieces of duct or artery as world polylines (one, or two when cut), neck end first."""
-        a = self._patient.anatomy
-        base = a.duct_base if vessel == "duct" else a.artery_base
-        bend = np.array([0.05, 0.0]) if vessel == "duct" else np.array([-0.07, 0.02])
-        top_rest = a.neck + (np.array([0.0, -0.03]) if vessel == "duct" else np.array([-0.08, -0.12]))
-        u = np.linspace(0, 1, 15)[:, None]
-
-        def path(top: Vec) -> Vec:
-            return (1 - u) * top + u * base + 4 * u * (1 - u) * bend * (1 - 0.3 * u)
-
+        anatomy = self._patient.anatomy
+        place = np.linspace(0, 1, 15)
+        base_piece = anatomy.vessel(vessel, anatomy.neck, place)[8:]
         if state.spine is None:
-            return [path(top_rest)[8:]]
+            return [base_piece]
         _, control, neck = state.spine
-        top = neck + (top_rest - a.neck)
         if vessel not in state.cut:
-            return [path(top)]
-        heading = neck - control
-        heading = heading / max(1e-6, float(np.hypot(*heading)))
-        stump = neck - 0.04 * heading + u[:7] * 0.42 * heading + u[:7] ** 2 * np.array([0.0, 0.08])
-        return [stump, path(top_rest)[8:]]
+            return [anatomy.vessel(vessel, neck, place)]
+        heading = (neck - control) / max(1e-6, float(np.hypot(*(neck - control))))
+        u = place[:7, None]
+        return [neck + (0.42 * u - 0.04) * heading + u * u * (0.0, 0.08), base_piece]
 
     def _draw_vessels(self, colour: U8, surface: U8, state: SceneState, view: Matrix) -> None:
         scale = math.hypot(view[0, 0], view[1, 0])
@@ -962,7 +959,7 @@ class Renderer:
             middle = points[k] + across * aside * half
             reach = (tangent[k] + lean * across) * length * half
             ends = np.round(np.array([middle - reach, middle + reach]) * 16).astype(np.int32)
-            bgr = _SHRED_COLOURS[int(tone)]
+            bgr = _SHRED_COLOURS[vessel][int(tone)]
             cv2.polylines(colour, [ends], False, bgr, max(1, round(thick * half)), cv2.LINE_AA, 4)
 
     def _draw_clips(self, colour: U8, state: SceneState, vessel: str, piece: int, points: Vec, half: float) -> None:
@@ -1030,13 +1027,13 @@ class Renderer:
             start, length = rng.uniform(0, 0.14), rng.uniform(0.08, 0.24)
             heading = np.array([math.cos(turn), math.sin(turn)]) * scale
             line = np.array([tip + heading * start, tip + heading * (start + length) + (0, 0.05 * scale * length)])
-            tone = float(rng.uniform(150, 235))
+            tone = float(rng.uniform(110, 205))
             cv2.polylines(
                 colour,
                 [np.round(line * 16).astype(np.int32)],
                 False,
                 (tone, tone, tone),
-                max(1, round(0.012 * scale)),
+                max(1, round(0.007 * scale)),
                 cv2.LINE_AA,
                 4,
             )
@@ -1077,7 +1074,7 @@ class Renderer:
         t = state.time_s
         scale = 192 / (3.2 * self.radius / self._step)
         layers = []
-        for field, vx, vy in ((self._smoke_a, 9.0, 26.0), (self._smoke_b, -14.0, 39.0)):
+        for field, vx, vy in zip(self._smoke_layers, (9.0, -14.0), (26.0, 39.0), strict=True):
             xs = ((np.arange(w) * scale + vx * t) % 192).astype(np.int32)
             ys = ((np.arange(h) * scale + vy * t) % 192).astype(np.int32)
             layers.append(field[np.ix_(ys, xs)])
