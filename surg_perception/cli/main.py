@@ -55,8 +55,9 @@ def _models_verify(options: argparse.Namespace) -> int:
 def _models_import(options: argparse.Namespace) -> int:
     from surg_perception.gsvit import import_released
 
-    card = import_released(options.checkpoint, options.out, name=options.name)
-    print(f"{card}: ready for `ros2 launch surg_perception pipeline.launch.py model:={options.out}`")
+    card = import_released(options.checkpoint, options.out, name=options.name or options.out.resolve().name)
+    print(f"{card.model_id} is in {options.out}: latent features only, since a released checkpoint has no phase head")
+    print(f"run it: ros2 launch surg_perception pipeline.launch.py model:={options.out.resolve()}")
     return 0
 
 
@@ -105,3 +106,7 @@ def main() -> None:
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

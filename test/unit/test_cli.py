@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command surg-perception, as a user types it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from surg_perception.gsvit import GSViT, GSViTConfig
+from surg_perception.gsvit.checkpoint import released_name
+from surg_perception.models import find_model
+
+
+def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "surg_perception.cli.main", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def test_help_needs_nothing_heavy() -> None:
+    script = (
+        "import sys, surg_perception.cli.main as m\n"
+        "try: m.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'openvino', 'onnxruntime', 'rclpy', 'numpy', 'cv2', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    shown = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "demo" in shown.stdout
+    assert "models" in shown.stdout
+
+
+def test_models_are_listed_shown_and_verified(tmp_path: Path) -> None:
+    name = "gsvit_m0_phantom"
+    assert name in command("models", "list", COLUMNS="200").stdout
+    assert "intended_use:" in command("models", "show", name).stdout
+    verified = command("models", "verify", name)
+    assert verified.returncode == 0
+    assert find_model(name).model_id in verified.stdout
+
+
+def test_an_unknown_model_is_a_clear_error() -> None:
+    failed = command("models", "show", "no_such_model")
+    assert failed.returncode == 2
+    assert "no_such_model" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_a_released_checkpoint_becomes_a_model_folder_that_gives_its_latents(tmp_path: Path) -> None:
+    model = GSViT(GSViTConfig(decoder=False)).eval()
+    released = {released_name(name): tensor for name, tensor in model.state_dict().items()}
+    torch.save(released, tmp_path / "GSViT.pkl")
+    done = command("models", "import", str(tmp_path / "GSViT.pkl"), str(tmp_path / "mine"))
+    assert done.returncode == 0, done.stderr
+    card = find_model(tmp_path / "mine")
+    assert card.name == "mine"
+    assert card.labels.names == ()
+    assert card.network.latent_shape == (384, 4, 4)
+
+    from surg_perception.runtime.backend import open_backend
+
+    frame = torch.randint(0, 256, (224, 224, 3), dtype=torch.uint8)
+    with open_backend(card, "onnxruntime", allow_fallback=False) as backend, torch.inference_mode():
+        probabilities, latent = backend.infer(frame.numpy())
+        expected = model.encode((frame.flip(2).permute(2, 0, 1)[None]).float() / 255)[0].numpy()
+    assert probabilities.size == 0
+    assert latent == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_demo_says_what_it_needs_where_ros_is_not_sourced() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "AMENT_PREFIX_PATH"}
+    failed = subprocess.run(
+        [sys.executable, "-m", "surg_perception.cli.main", "demo"], capture_output=True, text=True, env=environment
+    )
+    assert failed.returncode == 2
+    assert "setup.bash" in failed.stdout
