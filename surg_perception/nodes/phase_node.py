@@ -95,6 +95,7 @@ class PhaseNode(PerceptionNode):
         self._last_header = Header()
         self._last_output_s = 0.0
         self._last_frame_s = 0.0
+        self._last_arrival_s = self._last_rejection_s = -math.inf
         self._rejected_because = ""
         self._fault = ""
         self._reset_figures()
@@ -165,6 +166,7 @@ class PhaseNode(PerceptionNode):
         self._mailbox = Mailbox()
         self._last_frame_s = self._warned_s = time.monotonic()
         self._last_output_s = 0.0
+        self._last_arrival_s = self._last_rejection_s = -math.inf
         self._publish_labels()
         self._worker = threading.Thread(target=self._work, name="phase", daemon=True)
         self._worker.start()
@@ -221,19 +223,25 @@ class PhaseNode(PerceptionNode):
 
     def _take(self, message: Any) -> None:
         self._counts.received += 1
-        self._mailbox.put(Arrival(message, time.monotonic()))
+        self._last_arrival_s = time.monotonic()
+        self._mailbox.put(Arrival(message, self._last_arrival_s))
 
     def _count_lost(self, event: Any) -> None:
         self._counts.lost += event.total_count_change
 
     def _watch(self) -> None:
-        """Say NO_SIGNAL while no image comes through, often enough that the offered deadline holds."""
-        now_s = time.monotonic()
-        if now_s - self._last_frame_s < self.values["state.no_signal_after_s"]:
+        """Say so while nothing comes out, often enough that the offered deadline holds.
+
+        NO_SIGNAL where no usable image comes in, FAULT where images come in and the model gives no answer.
+        """
+        now_s, after_s = time.monotonic(), self.values["state.no_signal_after_s"]
+        if now_s - self._last_frame_s < after_s:
             return
+        stuck = now_s - self._last_arrival_s < after_s and now_s - self._last_rejection_s >= after_s
+        state = SurgicalPhase.FAULT if stuck else SurgicalPhase.NO_SIGNAL
         with self._publishing:
             if now_s - self._last_output_s >= self.values["output.deadline_s"] / 2:
-                self._send_phase(self._blank_message(SurgicalPhase.NO_SIGNAL, self._last_header))
+                self._send_phase(self._blank_message(state, self._last_header))
 
     def _warn_of_silence(self) -> None:
         now_s = time.monotonic()
@@ -255,23 +263,21 @@ class PhaseNode(PerceptionNode):
             message = arrival.message
             try:
                 result = self._pipeline.process(message, stamp_ns=stamp_ns(message), age_s=self._age_s(message))
+                self._publish(arrival, started_s, result)
+                self._consecutive_faults, self._fault = 0, ""
             except ImageError as error:
                 self._reject(error)
             except Exception as error:
                 # Of whatever kind: the worker must not end and leave a node that looks alive.
                 self._fail(error, message.header)
-            else:
-                self._consecutive_faults, self._fault = 0, ""
-                self._publish(arrival, started_s, result)
 
     def _age_s(self, message: Any) -> float:
         return (self.get_clock().now().nanoseconds - stamp_ns(message)) * 1e-9
 
     def _reject(self, error: ImageError) -> None:
         self._counts.rejected += 1
-        if self._rejected_because != str(error):
-            self._rejected_because = str(error)
-        now_s = time.monotonic()
+        self._rejected_because = str(error)
+        now_s = self._last_rejection_s = time.monotonic()
         if now_s >= self._next_report_s.get(error.kind, 0.0):
             self._next_report_s[error.kind] = now_s + 5.0
             self.get_logger().error(f"image refused: {error}")
@@ -366,7 +372,7 @@ class PhaseNode(PerceptionNode):
             frames_received=self._counts.received,
             frames_processed=self._counts.processed,
             frames_replaced=self._mailbox.counts().replaced,
-            frames_rejected=self._counts.rejected,
+            frames_rejected=self._counts.rejected + self._counts.faults,
             frames_lost=self._counts.lost,
         )
 

@@ -324,12 +324,32 @@ def test_a_failing_backend_stays_a_fault_where_fallback_is_not_allowed(graph: Gr
     for _ in range(5):
         phase = rig.ask(raw_image(picture))
         assert (phase.state, phase.phase_id) == (SurgicalPhase.FAULT, -1)
+    assert phase.frames_received == phase.frames_rejected == 5
     wait_until(
         lambda: any(s.level == b"\x02" and "division" in s.message for d in diagnostics for s in d.status),
         5,
         "an ERROR in diagnostics that says why",
     )
     backend.infer = infer
+    assert rig.ask(raw_image(picture)).phase_id >= 0
+
+
+def test_a_backend_that_hangs_is_a_fault_and_not_silence(graph: Graph, picture: np.ndarray) -> None:
+    rig = Rig(graph, state__no_signal_after_s=0.3, output__deadline_s=0.4).up()
+    answered = rig.ask(raw_image(picture))
+    gate = threading.Event()
+    infer = rig.node._backend.infer
+    rig.node._backend.infer = lambda frame: (gate.wait(20), infer(frame))[1]
+    before = len(rig.phases)
+
+    def fault() -> list[SurgicalPhase]:
+        rig.send(raw_image(picture))
+        time.sleep(0.05)
+        return [p for p in rig.phases[before:] if p.state == SurgicalPhase.FAULT]
+
+    silent = wait_until(fault, 10, "FAULT while images come in and nothing comes out")[0]
+    assert (silent.phase_id, silent.header) == (-1, answered.header)
+    gate.set()
     assert rig.ask(raw_image(picture)).phase_id >= 0
 
 
