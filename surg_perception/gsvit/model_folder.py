@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def import_released(
     folder: str | Path,
     *,
     name: str,
-    licence: str,
+    licence: str = "that of the imported checkpoint",
     version: str = "released",
     size: str = "m5",
     predict_change: bool = False,
@@ -164,7 +165,7 @@ def import_released(
         version=version,
         labels=LabelFacts("", ()),
         metrics={},
-        training={"data": "as published with the checkpoint", "imported_from": ModelFile.of(path).__dict__},
+        training={"data": "as published with the checkpoint", "imported_from": asdict(ModelFile.of(path))},
         licence=licence,
         intended_use="Research. Latent features and no phases: the checkpoint has no phase head. Not a medical device.",
         weight_storage=weight_storage,
@@ -175,20 +176,21 @@ def import_released(
 def round_matrices_to_fp16(model: GSViT) -> GSViT:
     """Round, in place, every weight that "fp16" storage rounds: what is measured is then what is stored."""
     for parameter in model.parameters():
-        if _is_matrix(parameter):
+        if _fits_fp16(parameter):
             parameter.copy_(parameter.to(torch.float16))
     return model
 
 
-def _is_matrix(tensor: Tensor) -> bool:
-    return tensor.ndim >= 2 and tensor.is_floating_point()
+def _fits_fp16(tensor: Tensor) -> bool:
+    """Whether "fp16" storage takes it: matrices do, vectors are few and their precision counts."""
+    return tensor.ndim >= 2 and float(tensor.abs().max()) <= torch.finfo(torch.float16).max
 
 
 def _stored_tensors(model: GSViT, weight_storage: str) -> dict[str, Tensor]:
     """Tensors by released name, without the batch-norm counters, matrices as fp16 if asked for."""
     half = weight_storage == "fp16"
     return {
-        released_name(name): (value.to(torch.float16) if half and _is_matrix(value) else value).cpu().contiguous()
+        released_name(name): (value.to(torch.float16) if half and _fits_fp16(value) else value).cpu().contiguous()
         for name, value in model.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }

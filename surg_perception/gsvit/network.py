@@ -157,8 +157,9 @@ def forget_attention_biases(encoder: nn.Module) -> None:
     cannot be copied if it was made with.
     """
     for module in encoder.modules():
-        if hasattr(module, "attention_bias_cache"):
-            module.attention_bias_cache = {}
+        cache = getattr(module, "attention_bias_cache", None)
+        if isinstance(cache, dict):
+            cache.clear()
 
 
 class GSViT(nn.Module):

@@ -126,13 +126,9 @@ def line(record: Record) -> Text:
     return Text.assemble(
         (f"{int(seconds // 60):02d}:{seconds % 60:04.1f}  ", "dim"),
         (f"{state.name:<10}", STATE_STYLES.get(state, "red")),
-        (f"{phase.phase or '-':<26}", "bold"),
-        f"{bar:<10} {phase.confidence:4.2f}  ",
-        (
-            f"{phase.latency_ms:5.1f} ms  received {phase.frames_received}  processed {phase.frames_processed}  "
-            f"replaced {phase.frames_replaced}",
-            "dim",
-        ),
+        (f"{phase.phase or '-':<24}", "bold"),
+        f"{bar:<10} {phase.confidence:4.2f} ",
+        (f"{phase.latency_ms:5.1f} ms  {phase.frames_processed} images, {phase.frames_replaced} replaced", "dim"),
     )
 
 
@@ -196,7 +192,7 @@ def main() -> None:
                     live.update(line(monitor.record))
                 elif now_s - printed_s > PLAIN_LINE_EVERY_S:
                     printed_s = now_s
-                    console.print(line(monitor.record))
+                    console.print(line(monitor.record), soft_wrap=True)
                 if monitor.last_image_s is None:
                     if now_s - started_s > options.start_limit_s:
                         break

@@ -130,7 +130,7 @@ class OverlayNode(PerceptionNode):
         canvas: OverlayCanvas | None = None
         canvas_labels: list[str] = []
         last_stamp_s, last_stamp_seen_s = 0.0, time.monotonic()
-        last_picture: np.ndarray | None = None
+        last_live: np.ndarray | None = None
         saved_s = 0.0
         while (item := self._mailbox.get()) is not None:
             image, phase = item
@@ -144,24 +144,24 @@ class OverlayNode(PerceptionNode):
                     bgr = self._picture(image)
                     size = (bgr.shape[1], bgr.shape[0])
                     last_stamp_s, last_stamp_seen_s = info.stamp_s, time.monotonic()
-                    last_picture = canvas.draw(bgr, info)
+                    picture = last_live = canvas.draw(bgr, info)
                 else:
                     # No stamp says when "now" is on the camera's clock: count on from the last one.
                     now_s = last_stamp_s + time.monotonic() - last_stamp_seen_s
-                    last_picture = canvas.no_signal_frame(*size, self._info(phase, now_s))
-                self._publish(last_picture, phase)
+                    picture = canvas.no_signal_frame(*size, self._info(phase, now_s))
+                self._publish(picture, phase)
                 if self._video is not None:
-                    self._video.write(cv2.resize(last_picture, self._video.size or size), time.monotonic())
+                    self._video.write(cv2.resize(picture, self._video.size or size), time.monotonic())
             except (ImageError, ValueError) as error:
                 self._fault = str(error)
                 self.get_logger().error(f"picture skipped: {error}", throttle_duration_sec=5.0)
                 continue
             self._drawn, self._fault = self._drawn + 1, ""
-            if time.monotonic() - saved_s >= 1.0:
+            if last_live is not None and time.monotonic() - saved_s >= 1.0:
                 saved_s = time.monotonic()
-                self._save(last_picture)
-        if last_picture is not None:
-            self._save(last_picture)
+                self._save(last_live)
+        if last_live is not None:
+            self._save(last_live)
 
     def _picture(self, message: Any) -> np.ndarray:
         bgr = decode_image(message, max_pixels=self.values["input.max_pixels"])

@@ -288,8 +288,8 @@ OVERLAY = ParameterTable(
         Parameter(
             "record.image_path",
             "",
-            "Write the newest overlay to this PNG file once a second and at deactivation; empty: nothing is "
-            "written. Video is patient data.",
+            "Write the newest overlay that shows an image to this PNG file, once a second and at deactivation; empty: "
+            "nothing is written. Video is patient data.",
         ),
     ),
 )

@@ -79,8 +79,7 @@ class OpenVinoBackend(Backend):
         else:
             request = self._batch_request = self._batch_request or self._compile(-1)
             request.set_input_tensor(openvino.Tensor(frames))
-        request.start_async()
-        request.wait()
+        request.infer(share_outputs=True)  # in this thread: handing over to another costs up to 1 ms
         latent = request.get_tensor("latent").data.copy()
         return (request.get_tensor("probabilities").data.copy() if self.card.labels.names else None), latent
 
@@ -153,23 +152,28 @@ def _split_convolutions(model: Any) -> None:
     for split in model.get_ordered_ops():
         if split.get_type_name() != "VariadicSplit":
             continue
-        reshape = split.input_value(0).get_node()
-        view = reshape.get_type_name() == "Reshape"
-        add = reshape.input_value(0).get_node() if view else reshape
-        convolution = add.input_value(0).get_node()
-        if (add.get_type_name(), convolution.get_type_name()) != ("Add", "Convolution"):
+        # Back from the cut: a reshape that changes nothing and the bias, either of which may be absent.
+        chain = [split]
+        for kind in ("Reshape", "Add", "Convolution"):
+            node = chain[-1].input_value(0).get_node()
+            if node.get_type_name() == kind:
+                chain.append(node)
+        convolution = chain[-1]
+        if convolution.get_type_name() != "Convolution":
             continue
-        weights, bias = convolution.input_value(1).get_node(), add.input_value(1).get_node()
+        weights = convolution.input_value(1).get_node()
         axis, lengths = (split.input_value(i).get_node() for i in (1, 2))
-        constants = (weights, bias, axis, lengths)
+        biases = [node.input_value(1).get_node() for node in chain[1:-1] if node.get_type_name() == "Add"]
         if (
-            any(node.get_type_name() != "Constant" for node in constants)
+            any(node.get_type_name() != "Constant" for node in (weights, axis, lengths, *biases))
             or axis.data.item() not in (1, -3)
-            or (view and reshape.input_value(0).partial_shape != reshape.output(0).partial_shape)
-            or any(len(node.output(0).get_target_inputs()) != 1 for node in {add, convolution, reshape})
-            or bias.data.shape[1] != weights.data.shape[0]
+            or lengths.data.min() < 0
+            or any(bias.data.shape[:2] != (1, len(weights.data)) for bias in biases)
+            or convolution.output(0).partial_shape != split.input_value(0).partial_shape
+            or any(len(node.output(0).get_target_inputs()) != 1 for node in chain[1:])
         ):
             continue
+        facts = convolution.get_attributes()
         start = 0
         for part, length in zip(split.outputs(), lengths.data.tolist(), strict=True):
             rows = slice(start, start + length)
@@ -177,10 +181,9 @@ def _split_convolutions(model: Any) -> None:
             piece = opset13.convolution(
                 convolution.input_value(0),
                 opset13.constant(np.ascontiguousarray(weights.data[rows])),
-                convolution.get_attributes()["strides"],
-                convolution.get_attributes()["pads_begin"],
-                convolution.get_attributes()["pads_end"],
-                convolution.get_attributes()["dilations"],
+                *(facts[name] for name in ("strides", "pads_begin", "pads_end", "dilations")),
             )
-            part.replace(opset13.add(piece, opset13.constant(bias.data[:, rows].copy())).output(0))
+            for bias in biases:
+                piece = opset13.add(piece, opset13.constant(np.ascontiguousarray(bias.data[:, rows])))
+            part.replace(piece.output(0))
     model.validate_nodes_and_infer_types()
