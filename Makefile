@@ -8,10 +8,9 @@ PYTHON ?= python3
 # make demo VIDEO=file.mp4
 VIDEO ?=
 export VIDEO
-# Leaves only the command's own settings to the user: shell start-up files stay out of it.
 IN_ENVIRONMENT := . ./setup.bash &&
 
-.PHONY: help setup setup-test demo test lint unit bench clean distclean
+.PHONY: help setup setup-test demo test lint bench clean distclean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,8 +33,9 @@ lint: setup-test ## Style, types, import rules, package.xml
 test: setup-test lint ## All checks and tests
 	@$(IN_ENVIRONMENT) ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST python -m pytest $(PYTEST_ARGS)
 
-bench: setup-test ## Model and pipeline timings, with ratios: a table and out/bench.json
-	@$(IN_ENVIRONMENT) surg-perception bench
+bench: setup-test ## Timings of the models and of the pipeline: tables, and JSON in out/
+	@$(IN_ENVIRONMENT) python benchmarks/bench_models.py
+	@$(IN_ENVIRONMENT) python benchmarks/bench_pipeline.py
 
 clean: ## Removes what builds and runs leave behind; keeps downloads
 	rm -rf build install log out test_results .setup/workspace.stamp *.egg-info

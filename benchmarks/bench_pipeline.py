@@ -29,10 +29,10 @@ from report import machine, sha256_of_arrays, write_json
 from rich.console import Console
 from rich.table import Table
 from sensor_msgs.msg import CompressedImage, Image
+from surg_perception_msgs.msg import SurgicalPhase
 
 from surg_perception.data.phantom import Phantom
 from surg_perception.stream.image_decode import encode_image, encode_jpeg
-from surg_perception_msgs.msg import SurgicalPhase
 
 CASES = {
     "480p25 raw": (854, 480, 25.0, "raw"),

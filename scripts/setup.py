@@ -68,12 +68,20 @@ class Python(NamedTuple):
 
 
 PROBE = """
-import importlib.util as util, json, os, sys, sysconfig
+import json, os, sys, sysconfig
+from importlib.util import find_spec
+def imports_rclpy():
+    try:
+        import rclpy.node  # not find_spec: a module for another Python is found too
+    except Exception:
+        return False
+    return True
+base = os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
 print(json.dumps([
-    getattr(sys, "_base_executable", None) or sys.executable, sys.version_info[:3],
-    bool(util.find_spec("venv") and util.find_spec("ensurepip")),
+    base if sys.prefix != sys.base_prefix and os.path.exists(base) else sys.executable, sys.version_info[:3],
+    bool(find_spec("venv") and find_spec("ensurepip")),
     os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")),
-    bool(util.find_spec("rclpy"))]))
+    "AMENT_PREFIX_PATH" in os.environ and imports_rclpy()]))
 """
 
 
@@ -227,7 +235,8 @@ class Progress:
     def start(self, number: int, total: int, title: str) -> None:
         self.head = f"[{number}/{total}] {title} …"
         self.started = self.last_beat = time.monotonic()
-        self._write(self.head if self.live else f"{self.head}\n")
+        if self.live:
+            self._write(self.head)
 
     def note(self, activity: str) -> None:
         now = time.monotonic()
@@ -236,7 +245,7 @@ class Progress:
             self._write("\r\033[K" + f"{self.head} {now - self.started:.0f} s  {activity}"[:width])
         elif now - self.last_beat >= HEARTBEAT_S:
             self.last_beat = now
-            self._write(f"{self.head} {now - self.started:.0f} s  {activity}\n")
+            self._write(f"{self.head} {now - self.started:.0f} s  {activity[:80]}\n")
 
     def finish(self, word: str = "") -> None:
         text = f"{self.head} {word}{time.monotonic() - self.started:.0f} s\n"
@@ -357,9 +366,10 @@ def run(command: list[str], log: Path, progress: Progress, environment: dict[str
     output = "".join(chunks)
     if status != 0:
         progress.finish("failed after ")
+        name = "pip" if "pip" in command[:6] else Path(command[0]).name
         shown = log.relative_to(ROOT) if ROOT in log.parents else log
         raise SetupError(
-            f"{Path(command[0]).name} failed (exit status {status}):\n\n{indent(last_lines(output))}\n\n"
+            f"{name} failed (exit status {status}):\n\n{indent(last_lines(output))}\n\n"
             f"{explain(output)}\nFull log: {shown}"
         )
     return output
@@ -409,7 +419,7 @@ class Stamps:
         except OSError:
             return False
 
-    def begin(self, step: str) -> None:
+    def remove(self, step: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             (self.folder / f"{step}.stamp").unlink()
 
@@ -491,6 +501,10 @@ class Setup:
         environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
         return environment
 
+    def pip(self, step: str, *arguments: object) -> None:
+        """Runs the environment's own pip: what a sourced ROS 2 has on PYTHONPATH is no concern of it."""
+        self.run(step, "env", "-u", "PYTHONPATH", self.bin / "python", "-m", "pip", *arguments)
+
     def run(self, step: str, *command: object) -> str:
         log = self.state / "logs" / f"{step}.log"
         return run([str(c) for c in command], log, self.progress, self.environment(), self.lock)
@@ -498,7 +512,7 @@ class Setup:
     def pip_install(self, step: str, *arguments: object) -> None:
         self.remove_half_installed()
         progress = ["--progress-bar", "raw"] if step != "venv" else ["--progress-bar", "off"]
-        self.run(step, self.bin / "python", "-m", "pip", "install", *progress, *arguments)
+        self.pip(step, "install", *progress, *arguments)
 
     def remove_half_installed(self) -> None:
         """pip takes a package for installed as soon as its metadata are there; INSTALLER is what it writes last."""
@@ -533,13 +547,17 @@ class Setup:
             if setup_file.is_file():
                 source_again(setup_file)
                 self.ros = sourced_ros(dict(os.environ), self.root)
+
+    def remember_ros(self) -> None:
+        """Notes where to source the ROS 2 in use, for later runs in shells where it is not sourced."""
+        remembered = self.state / "ros_setup_file"
+        with contextlib.suppress(FileNotFoundError):
+            remembered.unlink()
         if self.ros is not None:
-            for name in ("setup.bash", "local_setup.bash"):
-                setup_file = Path(self.ros.prefixes[-1]) / name
-                if setup_file.is_file():
-                    if not remembered.is_file() or remembered.read_text() != str(setup_file):
-                        write_atomically(remembered, str(setup_file))
-                    break
+            candidates = [Path(self.ros.prefixes[-1]) / name for name in ("setup.bash", "local_setup.bash")]
+            for setup_file in filter(Path.is_file, candidates):
+                write_atomically(remembered, str(setup_file))
+                break
 
     def current_venv(self) -> dict[str, str] | None:
         """Identity of the virtual environment that is there, or None if there is none that works."""
@@ -577,6 +595,7 @@ class Setup:
                 remove(folder)
         system = ["--system-site-packages"] if self.ros else []
         self.run("venv", python.executable, "-m", "venv", *system, self.venv)
+        self.remember_ros()
         write_atomically(self.state / "venv.json", json.dumps(self.identity(python)))
 
     def numpy_major(self) -> int:
@@ -690,19 +709,19 @@ class Setup:
         """The wheel that carries launch and ros2, whole: downloaded beside, checked, then moved into place."""
         cache = self.root / ".cache" / "ros2"
         for wheel in cache.glob("*.whl"):
-            if underlay.is_intact(wheel):
+            if underlay.is_intact(wheel, underlay.WHEEL_SHA256):
                 return wheel
             wheel.unlink()
         partial = cache / "partial"
         if partial.exists():
             remove(partial)
         partial.mkdir(parents=True)
-        download = ["-m", "pip", "download", "--no-deps", "--progress-bar", "raw", *underlay.WHEEL_TAGS]
+        download = ["download", "--no-deps", "--progress-bar", "raw", *underlay.WHEEL_TAGS]
         for last_try in (False, True):
             again = ["--no-cache-dir"] if last_try else []  # pip's cache may hold the damaged file
-            self.run("ros-tools", self.bin / "python", *download, *again, "--dest", partial, underlay.WHEEL_REQUIREMENT)
+            self.pip("ros-tools", *download, *again, "--dest", partial, underlay.WHEEL_REQUIREMENT)
             wheel = next(iter(partial.glob("*.whl")))
-            if underlay.is_intact(wheel):
+            if underlay.is_intact(wheel, underlay.WHEEL_SHA256):
                 break
             if last_try:
                 raise SetupError(
@@ -756,8 +775,8 @@ class Setup:
             version = tuple(int(n) for n in current["python"].split("."))
             self.chosen = Python(str(self.bin / "python"), version, True, True, True)
         if not hasattr(self, "chosen") or not self.chosen.supported:
-            found = [p for p in map(probe_python, candidate_pythons()) if p]
-            self.chosen, remark = choose_python(list(dict.fromkeys(found)), self.ros)
+            found = {os.path.realpath(p.executable): p for p in map(probe_python, candidate_pythons()[::-1]) if p}
+            self.chosen, remark = choose_python(list(found.values())[::-1], self.ros)
             if remark:
                 say(remark)
         keys: dict[str, str] = {}
@@ -791,9 +810,11 @@ class Setup:
             say(f"Using the sourced ROS 2 {self.ros.distro} ({self.ros.prefixes[-1]}).")
         for log in (self.state / "logs").glob("*.log"):
             log.unlink()
+        # All at once: what builds on a step that is done again must not count as done if this run ends in between.
+        for step, _ in todo:
+            self.stamps.remove(step.name)
         for number, (step, key) in enumerate(todo, 1):
             self.progress.start(number, len(todo), step.title)
-            self.stamps.begin(step.name)
             step.action()
             self.stamps.finish(step.name, key)
             self.progress.finish()

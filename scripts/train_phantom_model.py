@@ -4,13 +4,14 @@
 .venv/bin/python scripts/train_phantom_model.py            about 15 minutes on two cores
 .venv/bin/python scripts/train_phantom_model.py --quick    the same road in seconds, for tests; useless weights
 
-Rendered frames and the state of an interrupted training are kept below .cache/; running the same command again
-goes on where it stopped. Procedures (seeds) for training, calibration and the card's figures are disjoint.
+Rendered frames (1 GB) and the state of an interrupted training are kept below .cache/; running the same command
+again goes on where it stopped. Procedures (seeds) for training, calibration and the card's figures are disjoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import hashlib
 import json
@@ -20,7 +21,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import cv2
 import numpy as np
@@ -30,7 +31,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -56,7 +56,7 @@ class Plan:
     calibration_procedures: int = 10
     test_procedures: int = 16
     frames: int = 80
-    epochs: int = 14
+    epochs: int = 12
     batch: int = 64
     peak_learning_rate: float = 2e-3
     weight_decay: float = 0.05
@@ -138,33 +138,36 @@ def to_network(images: NDArray[np.uint8], device: torch.device) -> Tensor:
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).to(torch.float32) / 255.0
 
 
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Other cameras, lights and views: affine, mirror, gain per channel, gamma, contrast, blur, noise, patches."""
-    n = len(x)
+def augment(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Other cameras, lights and views of uint8 BGR [n, 224, 224, 3], which is left as it is.
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.empty(shape or (n,)).uniform_(low, high, generator=generator).to(x.device)
-
-    angle, zoom, stretch = uniform(-0.35, 0.35), uniform(0.85, 1.2), uniform(0.85, 1.18)
-    mirror = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-    rows = [cos * mirror * stretch, -sin, uniform(-0.1, 0.1), sin * mirror * stretch, cos, uniform(-0.1, 0.1)]
-    theta = torch.stack(rows, dim=1).view(n, 2, 3)
-    x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
-
-    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    x = torch.lerp(x, soft, (uniform(-0.6, 1.0)).view(n, 1, 1, 1))  # below 0 sharpens
-    x = x.clamp(1e-4, 1.0) ** torch.exp(uniform(-0.35, 0.35)).view(n, 1, 1, 1)
-    x = x * uniform(0.7, 1.35).view(n, 1, 1, 1) * uniform(0.85, 1.18, n, 3, 1, 1)
-    grey = x.mean(dim=1, keepdim=True)
-    x = grey + (x - grey) * uniform(0.6, 1.4).view(n, 1, 1, 1)
-    noise = torch.randn(x.shape, generator=generator).to(x.device)
-    x = x + noise * uniform(0.0, 0.05).view(n, 1, 1, 1)
-    for i in torch.nonzero(uniform(0, 1) < 0.3).flatten().tolist():
-        height, width = (int(side) for side in torch.randint(24, 80, (2,), generator=generator))
-        top, left = (int(torch.randint(0, IMAGE_SIZE - side, (), generator=generator)) for side in (height, width))
-        x[i, :, top : top + height, left : left + width] = uniform(0, 1, 3, 1, 1)
-    return x.clamp(0.0, 1.0)
+    Rotation, zoom, aspect, shift, mirror; blur; saturation; brightness, white balance and gamma; noise; patches.
+    """
+    side = IMAGE_SIZE
+    levels = np.linspace(0.0, 1.0, 256)[:, None]
+    noise = rng.normal(0.0, 1.0, (side, side, 3)).astype(np.float32)  # one pattern a batch is enough
+    out = np.empty_like(images)
+    for i, image in enumerate(images):
+        angle, zoom = rng.uniform(-20, 20), rng.uniform(0.85, 1.2)
+        matrix = np.asarray(cv2.getRotationMatrix2D((side / 2, side / 2), angle, zoom), np.float64)
+        matrix[:, 0] *= rng.uniform(0.85, 1.18) * rng.choice((-1.0, 1.0))
+        centre = matrix @ (side / 2, side / 2, 1.0)
+        matrix[:, 2] += side / 2 - centre + rng.uniform(-0.1, 0.1, 2) * side
+        x = cv2.warpAffine(image, matrix, (side, side), flags=cv2.INTER_LINEAR)
+        if rng.random() < 0.4:
+            x = cv2.blur(x, (3, 3))
+        grey = rng.uniform(-0.4, 0.4)
+        x = cv2.transform(x, (1.0 - grey) * np.eye(3) + grey / 3.0)
+        gains = rng.uniform(0.7, 1.35) * rng.uniform(0.85, 1.18, 3)
+        table = np.clip(255.0 * gains * levels ** np.exp(rng.uniform(-0.35, 0.35)), 0, 255).astype(np.uint8)
+        x = cv2.LUT(x, table[None])
+        x = cv2.addWeighted(x, 1.0, noise, rng.uniform(-12.0, 12.0), 0.0, dtype=cv2.CV_8U)
+        if rng.random() < 0.3:
+            height, width = rng.integers(24, 80, 2)
+            top, left = rng.integers(0, side - height), rng.integers(0, side - width)
+            x[top : top + height, left : left + width] = rng.integers(0, 256, 3)
+        out[i] = x
+    return out
 
 
 def logits_of(model: GSViT, images: NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -175,6 +178,20 @@ def logits_of(model: GSViT, images: NDArray[np.uint8], device: torch.device) -> 
             model.head(model.features(to_network(images[i : i + 64], device))).cpu() for i in range(0, len(images), 64)
         ]
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def follow(average: GSViT, model: GSViT, decay: float) -> None:
+    """One step of an exponential moving average over weights and batch-norm statistics.
+
+    Not `torch.optim.swa_utils.AveragedModel`: with its `use_buffers` it also averages, and so rounds down, the
+    integer tables that tell timm's attention which bias belongs where.
+    """
+    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(new, 1.0 - decay)
+        else:
+            kept.copy_(new)
 
 
 def train(
@@ -190,8 +207,7 @@ def train(
     steps = len(images) // plan.batch
     torch.manual_seed(plan.seed)
     model = GSViT(GSViTConfig("m0", decoder=False, classes=CLASSES, head_hidden=plan.head_hidden)).to(device)
-    decay = 0.5 ** (1.0 / plan.ema_half_life_steps)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = copy.deepcopy(model).eval()
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": plan.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -211,12 +227,12 @@ def train(
     bar = progress.add_task("training", total=plan.epochs * steps, completed=first * steps)
     for epoch in range(first, plan.epochs):
         torch.manual_seed(1000 * plan.seed + epoch)  # dropout; so that a resumed run equals an uninterrupted one
-        generator = torch.Generator().manual_seed(1000 * plan.seed + epoch)
-        order = torch.randperm(len(images), generator=generator)[: steps * plan.batch]
+        rng = np.random.default_rng([plan.seed, epoch])
+        order = torch.from_numpy(rng.permutation(len(images))[: steps * plan.batch])
         model.train()
         total = 0.0
         for chosen in order.split(plan.batch):
-            batch = augment(to_network(images[chosen.numpy()], device), generator)
+            batch = to_network(augment(images[chosen.numpy()], rng), device)
             assert model.head is not None
             logits = model.head(model.features(batch))
             loss = F.cross_entropy(logits, phases[chosen].to(device), label_smoothing=plan.label_smoothing)
@@ -225,13 +241,10 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()
-            average.update_parameters(model)
+            follow(average, model, 0.5 ** (1.0 / plan.ema_half_life_steps))
             total += loss.item()
             progress.advance(bar)
-        average.eval()
-        found = (
-            logits_of(cast(GSViT, average.module), check[0].reshape(-1, *check[0].shape[2:]), device).argmax(1).numpy()
-        )
+        found = logits_of(average, check[0].reshape(-1, *check[0].shape[2:]), device).argmax(1).numpy()
         accuracy = float((found == check[1].reshape(-1)).mean())
         progress.console.print(
             f"epoch {epoch + 1} of {plan.epochs}: training loss {total / steps:.3f}, "
@@ -240,7 +253,7 @@ def train(
         partial = state_file.with_suffix(".partial")
         torch.save({"epochs": epoch + 1, **{name: part.state_dict() for name, part in parts.items()}}, partial)
         os.replace(partial, state_file)
-    return cast(GSViT, average.module).cpu().eval()
+    return average.cpu()
 
 
 # ---- calibration and figures -------------------------------------------------------------------------------
@@ -287,13 +300,18 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="where frames and progress are kept")
     parser.add_argument("--epochs", type=int, help=f"default {Plan.epochs}")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of PyTorch; 1 is fastest on a busy machine"
+    )
     parser.add_argument("--quick", action="store_true", help="a few frames and one epoch: tests the road only")
     arguments = parser.parse_args()
     plan = replace(QUICK if arguments.quick else Plan(), seed=arguments.seed)
     plan = replace(plan, epochs=arguments.epochs or plan.epochs)
+    torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
-    key = hashlib.sha256(json.dumps([phantom_sha256(), asdict(plan)]).encode()).hexdigest()[:16]
+    settings = json.dumps([phantom_sha256(), Path(__file__).read_text("utf-8"), asdict(plan)])
+    key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     state_file = arguments.cache / "train_phantom_model" / f"{key}.pt"
     state_file.parent.mkdir(parents=True, exist_ok=True)
 

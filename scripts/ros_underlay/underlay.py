@@ -96,7 +96,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_intact(wheel: Path, sha256: str = WHEEL_SHA256) -> bool:
+def is_intact(wheel: Path, sha256: str) -> bool:
     """True if the file is there and is, byte for byte, the one that this project was tested with."""
     return wheel.is_file() and sha256_of(wheel) == sha256
 

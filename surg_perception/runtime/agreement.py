@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from surg_perception.runtime.graph import FRAME_SHAPE
 
 FRAMES = 16
-# A trained GSViT-M0 in bf16, on the phantom and on Cholec80: probabilities within 0.009 of fp32, cosines above 0.9998.
-# The bounds leave room for other weights; a channel mix-up or a broken kernel lies far outside (cosine below 0.98).
-MAX_PROBABILITY_DIFFERENCE = 0.03
+# A trained GSViT-M0 in bf16: probabilities within 0.012 of fp32 on the phantom and 0.027 on Cholec80, latent cosines
+# above 0.9998. The bounds leave room for other weights; swapped channels lie far outside (0.7 and 0.3).
+MAX_PROBABILITY_DIFFERENCE = 0.05
 DECISIVE_MARGIN = 0.02
 MIN_LATENT_COSINE = 0.999
 _SUM_TOLERANCE = 1e-3

@@ -161,7 +161,8 @@ def _engine_in(module: str, name: str) -> Callable[[], type[Backend]]:
 
 def _torch() -> type[Backend]:
     # OpenMP's threads spin while they wait for each other. On cores shared with the nodes beside, that makes a
-    # frame of 10 ms take 140; it can be turned off only before PyTorch is loaded.
+    # frame of 10 ms take 140; sleeping instead costs half as much again on idle cores. It can be chosen only
+    # before PyTorch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return _engine_in("torch_backend", "TorchBackend")()
 

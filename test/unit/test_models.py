@@ -199,9 +199,7 @@ def test_a_model_is_found_by_folder_card_and_name_in_the_order_of_the_places(
         find_model("../second/n")
 
 
-def test_list_models_leaves_out_a_broken_card_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_list_models_leaves_out_a_broken_card_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     monkeypatch.setattr(models._logger, "warning", lambda text, *values: warnings.append(text % values))
     write(tmp_path / "good", GOOD)

@@ -32,7 +32,13 @@ from surg_perception.runtime import (
     default_threads,
     open_backend,
 )
-from surg_perception.runtime.agreement import Agreement, compare, reference_frames, unsound
+from surg_perception.runtime.agreement import (
+    MAX_PROBABILITY_DIFFERENCE,
+    Agreement,
+    compare,
+    reference_frames,
+    unsound,
+)
 from surg_perception.runtime.openvino_backend import OpenVinoBackend, cache_folder
 
 ENGINES = ("openvino", "onnxruntime")
@@ -151,7 +157,7 @@ def test_fp32_is_fp32_even_where_the_engine_prefers_bf16(network: SmallNetwork, 
 
 @pytest.fixture(scope="module")
 def gsvit(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:
-    """The shipped model, or a GSViT-M0 with random weights and lively batch-norm statistics."""
+    """The shipped model, or a GSViT-M0 with random weights and every branch at work."""
     try:
         return find_model("gsvit_m0_phantom")
     except ModelError:
@@ -164,13 +170,9 @@ def gsvit(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:
 
     torch.manual_seed(0)
     model = GSViT(GSViTConfig(size="m0", decoder=False, classes=7, head_hidden=(64,)))
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.2)
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 1.5)
+    for module in model.modules():  # timm starts the ends of residual branches at 0
+        if isinstance(module, torch.nn.BatchNorm2d) and not module.weight.any():
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     return save_model_folder(
         model.eval(),
         tmp_path_factory.mktemp("gsvit") / "m0",
@@ -185,26 +187,20 @@ def gsvit(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:
 
 
 def assert_engines_agree(gsvit: ModelCard, frames: NDArray[np.uint8]) -> None:
-    with open_backend(gsvit, "torch", allow_fallback=False, threads=1) as reference:
-        assert reference.name == "torch:CPU:fp32"
-        p_ref, z_ref = reference.infer_batch(frames)
-        _, z_swapped = reference.infer_batch(np.ascontiguousarray(frames[..., ::-1]))
-        np.testing.assert_allclose(reference.infer(frames[0])[1], z_ref[0], atol=1e-4 * np.abs(z_ref).max())
-    scale = float(np.sqrt((z_ref**2).mean()))
-    tolerance = 1e-3 * scale
-    assert np.abs(z_swapped - z_ref).max() > 20 * tolerance
-    for engine in ENGINES:
-        with open_backend(gsvit, engine, allow_fallback=False) as opened:
+    with open_backend(gsvit, "torch", allow_fallback=False, threads=1) as opened:
+        assert opened.name == "torch:CPU:fp32"
+        reference = opened.infer_batch(frames)
+        swapped = compare(opened.infer_batch(frames[..., ::-1]), reference)
+        assert swapped.latent_cosine < 0.99, "these frames cannot tell BGR from RGB"
+    for engine in ("torch", *ENGINES):
+        with open_backend(gsvit, engine, allow_fallback=False, threads=1) as opened:
             single = [opened.infer(frame) for frame in frames]
-            for p, z in (opened.infer_batch(frames), map(np.stack, zip(*single, strict=True))):
-                assert np.abs(z - z_ref).max() < tolerance, engine
-                assert np.abs(p - p_ref).max() < 1e-3, engine
-    for engine in ("openvino", "torch"):
-        if backend.BACKENDS[engine]().refusal("CPU", "bf16") is None:
-            with open_backend(gsvit, engine, "bf16", allow_fallback=False, threads=1) as opened:
-                agreement = compare(opened.infer_batch(frames), (p_ref, z_ref))
-                assert agreement.holds, f"{opened.name}: {agreement}"
-                assert np.abs(opened.infer(frames[0])[1] - z_ref[0]).max() > 0
+            stacked = np.stack([p for p, _ in single]), np.stack([z for _, z in single])
+            for outputs in (stacked, opened.infer_batch(frames)):
+                agreement = compare(outputs, reference)
+                assert agreement.latent_cosine > 0.9999, engine
+                assert agreement.probability_difference < 2e-3, engine
+                assert agreement.phase_changes == 0, engine
 
 
 def test_engines_agree_on_a_gsvit_on_the_phantom(gsvit: ModelCard) -> None:
@@ -219,6 +215,12 @@ def test_engines_agree_on_a_gsvit_on_real_frames(gsvit: ModelCard, shared_data: 
     assert len(frames) >= 5
     print(f"ran on {len(frames)} real frames of {shared_data / 'cholec80'}")
     assert_engines_agree(gsvit, frames)
+
+
+@needs_bf16
+def test_a_gsvit_runs_in_bf16(gsvit: ModelCard) -> None:
+    with open_backend(gsvit, "openvino", "bf16", allow_fallback=False) as opened:
+        assert opened.name == "openvino:CPU:bf16"
 
 
 def test_openvino_cuts_no_tensors_into_unequal_parts(gsvit: ModelCard) -> None:
@@ -257,7 +259,7 @@ def test_the_running_pipeline_needs_no_torch(gsvit: ModelCard) -> None:
 
 def test_torch_says_that_a_bare_graph_has_no_weights(card: ModelCard) -> None:
     pytest.importorskip("torch")
-    with pytest.raises(ModelError, match="has no weights"):
+    with pytest.raises(BackendUnavailable, match=r"torch:CPU: the model 'small' in .* has no weights"):
         open_backend(card, "torch", allow_fallback=False)
 
 
@@ -354,8 +356,8 @@ def test_a_model_with_unsound_outputs_runs_on_no_engine(
 
 def test_a_folder_without_a_graph_says_how_to_make_one(card: ModelCard) -> None:
     bare = replace(card, graph=None, weights=ModelFile("model.safetensors", "0" * 64))
-    with pytest.raises(ModelError, match="surg-perception export"):
-        open_backend(bare, "onnxruntime")
+    with pytest.raises(BackendUnavailable, match="surg-perception export"):
+        open_backend(bare, "onnxruntime", allow_fallback=False)
 
 
 # The choice among engines -------------------------------------------------------------------------------------
@@ -388,7 +390,8 @@ class FakeBackend(Backend):
         p, z = self._inner._run(frames)
         assert p is not None
         native = (self.device, self.precision) == ("CPU", "fp32")
-        if self.fault == "wobble" or (self.fault == "phases" and not native):
+        short = (self.device, self.precision) == ("CUDA", "bf16")
+        if self.fault == "wobble" or (self.fault == "phases" and not native) or (self.fault == "short" and short):
             p = np.roll(p, self._calls, axis=1)
         if self.fault == "latent" and not native:
             z = z + 0.1 * np.abs(z).max() * np.sign(np.sin(np.arange(z.size, dtype=np.float32))).reshape(z.shape)
@@ -469,6 +472,17 @@ def test_a_precision_that_disagrees_is_refused_loudly(card: ModelCard, fake: typ
     assert any("fake:CPU:bf16 refused: disagrees" in line for line in log)
     with pytest.raises(BackendUnavailable, match="fake:CPU:bf16: disagrees"):
         open_backend(card, "fake", "bf16", device="CPU", allow_fallback=False)
+
+
+def test_auto_keeps_the_engine_and_drops_a_precision_that_disagrees(
+    card: ModelCard, fake: type[FakeBackend], log: list[str]
+) -> None:
+    fake.fault = "short"
+    with open_backend(card, "auto", "bf16") as opened:
+        assert opened.name == "fake:CUDA:fp32"
+    assert any("fake:CUDA:bf16 refused: disagrees" in line for line in log)
+    with open_backend(card, "auto", "bf16", allow_fallback=False) as opened:
+        assert opened.name == "fake:CPU:bf16"
 
 
 @needs_bf16
@@ -605,7 +619,7 @@ def test_reference_frames_are_lively_and_fixed() -> None:
 
 
 def test_agreement_sees_each_kind_of_difference() -> None:
-    p = np.array([[0.515, 0.485], [0.508, 0.492], [0.9, 0.1]], np.float32)
+    p = np.array([[0.512, 0.488], [0.508, 0.492], [0.9, 0.1]], np.float32)
     z = np.ones((3, 8, 4, 4), np.float32)
     assert compare((p, z), (p, z)) == Agreement(0.0, 0, 1.0)
     assert compare((p, 2 * z), (p, z)).latent_cosine == pytest.approx(1.0)
@@ -617,7 +631,7 @@ def test_agreement_sees_each_kind_of_difference() -> None:
     decided[0] = decided[0, ::-1]
     changed = compare((decided, z), (p, z))
     assert (changed.phase_changes, changed.holds) == (1, False)
-    assert changed.probability_difference < 0.05
+    assert changed.probability_difference < MAX_PROBABILITY_DIFFERENCE
 
     shifted = p.copy()
     shifted[2] = 0.8, 0.2
