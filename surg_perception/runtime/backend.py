@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -255,6 +256,9 @@ def open_backend(
     while queue:
         kind, where, how = queue.popleft()
         name = f"{kind}:{where}:{how}"
+        if backend == "auto" and (kind, where) == ("torch", "CUDA") and not has_cuda_device():
+            note("torch:CUDA: NVIDIA's driver is not there or finds no GPU")
+            continue
         if any(f"{name}:".startswith(f"{part}:") for part in exclude):
             note(f"{name}: excluded")
             continue
@@ -295,6 +299,16 @@ def default_threads() -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, min(len(cores), MAX_DEFAULT_THREADS))
+
+
+def has_cuda_device() -> bool:
+    """Whether NVIDIA's driver is there and finds a GPU; asked first, since importing PyTorch for it takes seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def _candidates(backend: str, device: str | None) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from onnx_graphs import CHANNELS, CLASSES, SmallNetwork, graph_of, write_folder
 
+from surg_perception.data.labels import CHOLEC80_PHASES
 from surg_perception.models import ModelCard, ModelError, ModelFile, find_model
 from surg_perception.runtime import (
     Backend,
@@ -676,3 +677,21 @@ def test_the_cache_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_precision_refused_is_a_kind_of_unavailable() -> None:
     assert issubclass(PrecisionRefused, BackendUnavailable)
+
+
+def test_the_pipeline_runs_without_pytorch() -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"  # importing it fails, as where it is not installed
+        "import numpy as np\n"
+        "from surg_perception.data.phantom import Phantom\n"
+        "from surg_perception.runtime.backend import open_backend\n"
+        "from surg_perception.stream.phase_pipeline import PhasePipeline\n"
+        "backend = open_backend('gsvit_m0_phantom')\n"
+        "pipeline = PhasePipeline(backend, backend.card.labels.names)\n"
+        "frame = Phantom(width=320, height=240, rate_hz=1.0, duration_s=60.0).frame(20)[0]\n"
+        "print(pipeline.process_frame(frame, 0).phase)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() in CHOLEC80_PHASES
