@@ -38,7 +38,7 @@ STATE_STYLES = {PhaseState.OK: "green", PhaseState.UNCERTAIN: "yellow", PhaseSta
 
 @dataclass
 class Record:
-    """What was seen of the pipeline, one entry per processed image (silence is counted apart)."""
+    """What was seen of the pipeline, one entry per processed image (silence and faults left out)."""
 
     stamp_ns: list[int] = field(default_factory=list)
     phase_id: list[int] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Monitor(Node):
     def _take_phase(self, message: SurgicalPhase) -> None:
         record = self.record
         record.newest = message
-        if message.state == SurgicalPhase.NO_SIGNAL:
+        if message.state in (SurgicalPhase.NO_SIGNAL, SurgicalPhase.FAULT):
             return
         self.last_image_s = time.monotonic()
         record.stamp_ns.append(stamp_ns(message))
@@ -85,9 +85,8 @@ class Monitor(Node):
         self.record.truth[stamp_ns(message)] = message.phase_id
 
     def _take_diagnostics(self, message: DiagnosticArray) -> None:
-        prefix = f"{self.get_namespace().strip('/')}/source".split("/")[-1]
         for status in message.status:
-            if status.name.startswith(prefix) and status.name.endswith("frames"):
+            if status.hardware_id == f"{self.get_namespace()}/source" and status.name.endswith("frames"):
                 self.record.source = {value.key: value.value for value in status.values}
 
 
