@@ -18,11 +18,10 @@ pytest.importorskip("rclpy", reason="ROS 2 is not in the environment: `source se
 import launch_testing.actions
 import launch_testing.asserts
 import rclpy
+from launch import LaunchDescription
 from launch.actions import IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from lifecycle_msgs.srv import GetState
-
-from launch import LaunchDescription
 from surg_perception_msgs.msg import SurgicalPhase
 
 LAUNCH_FILE = Path(__file__).resolve().parents[2] / "launch" / "pipeline.launch.py"
@@ -59,7 +58,7 @@ class TestPipeline(unittest.TestCase):
     def spin_until(self, condition, timeout_s: float, what: str) -> None:
         end_s = time.monotonic() + timeout_s
         while not condition():
-            self.assertLess(time.monotonic(), end_s, f"waited {timeout_s:g} s in vain for {what}")
+            assert time.monotonic() < end_s, f"waited {timeout_s:g} s in vain for {what}"
             self.executor.spin_once(timeout_sec=0.1)
 
     def state_of(self, name: str) -> str:
@@ -74,7 +73,7 @@ class TestPipeline(unittest.TestCase):
         phases: list[SurgicalPhase] = []
         self.node.create_subscription(SurgicalPhase, "phase/phase", phases.append, 10)
         self.spin_until(lambda: any(p.phase_id >= 0 for p in phases), 60, "a phase")
-        self.assertEqual({name: self.state_of(name) for name in NODES}, dict.fromkeys(NODES, "active"))
+        assert {name: self.state_of(name) for name in NODES} == dict.fromkeys(NODES, "active")
         count = len(phases)
         self.spin_until(lambda: len(phases) > count + 10, 10, "more phases")
 

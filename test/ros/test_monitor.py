@@ -10,9 +10,10 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not in the environment: `source setup.bash` first")
 
+from surg_perception_msgs.msg import SurgicalPhase
+
 from surg_perception.data.labels import CHOLEC80_PHASES
 from surg_perception.nodes.monitor import Record, line, save, summary
-from surg_perception_msgs.msg import SurgicalPhase
 
 
 def record_of_four() -> Record:
