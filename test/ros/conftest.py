@@ -48,6 +48,7 @@ class Graph:
     def __init__(self, domain: int) -> None:
         self.domain = domain
         self._strangers: list[Any] = []
+        self._clients: dict[str, Any] = {}
         self.context = rclpy.Context()
         rclpy.init(context=self.context, domain_id=domain)
         self.client = rclpy.create_node("test_client", namespace="surg_perception", context=self.context)
@@ -83,14 +84,16 @@ class Graph:
     def transition(self, node: Any, *names: str) -> bool:
         """Ask for lifecycle transitions by service, as a manager would; whether the last one succeeded."""
         name = f"{node.get_fully_qualified_name()}/change_state"
-        client = self.client.create_client(ChangeState, name)
+        # One client a service for the whole test: a new one for each request meets DDS discovery each time.
+        if name not in self._clients:
+            self._clients[name] = self.client.create_client(ChangeState, name)
+        client = self._clients[name]
         assert client.wait_for_service(timeout_sec=10.0), f"no service {name}"
         for wanted in names:
             number = getattr(Transition, f"TRANSITION_{wanted.upper()}")
             future = client.call_async(ChangeState.Request(transition=Transition(id=number)))
             wait_until(future.done, 60.0, f"transition {wanted}")
             success = future.result().success
-        self.client.destroy_client(client)
         return success
 
     def collect(self, message_type: type, topic: str, qos: Any = 100) -> list[Any]:
