@@ -45,6 +45,7 @@ class NetworkFacts:
         latent_shape: (D, 4, 4).
         decoder: whether the weights hold the next-frame decoder.
         predict_change: the decoder predicts the change to the next frame instead of the frame.
+        decoder_width, decoder_rank: of the decoder (`gsvit.network.GSViTConfig`).
     """
 
     architecture: str
@@ -53,6 +54,8 @@ class NetworkFacts:
     latent_shape: tuple[int, int, int]
     decoder: bool
     predict_change: bool = False
+    decoder_width: int = 1024
+    decoder_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,30 @@ class LabelFacts:
 
     set: str
     names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TemporalFacts:
+    """The causal temporal head in the file `files.temporal`.
+
+    Attributes:
+        stages, layers, channels: of the network (`gsvit.temporal.TemporalConfig`).
+        inputs: what it sees of a frame: "latent", "probabilities" or "latent+probabilities".
+        step_s: seconds between the frames of its history.
+    """
+
+    stages: int
+    layers: int
+    channels: int
+    inputs: str
+    step_s: float
+
+
+@dataclass(frozen=True)
+class ForecastFacts:
+    """The frame decoder in the graph `files.forecast`, from a latent to the frame `gap_s` seconds later."""
+
+    gap_s: float
 
 
 @dataclass(frozen=True)
@@ -103,6 +130,8 @@ class ModelCard:
         metrics, training: what was measured and how the model came about; free form, for the reader.
         licence: SPDX id or the licence's name, with that of the training data.
         weights, graph: the two files; a folder may hold only one of them.
+        procedure: what surgery the model is for, such as "Cholecystectomy"; "" for any.
+        temporal, forecast: what the files `temporal_file` and `forecast_file` hold; None where there are none.
     """
 
     folder: Path
@@ -118,6 +147,22 @@ class ModelCard:
     intended_use: str
     weights: ModelFile | None
     graph: ModelFile | None
+    procedure: str = ""
+    temporal: TemporalFacts | None = None
+    temporal_file: ModelFile | None = None
+    forecast: ForecastFacts | None = None
+    forecast_file: ModelFile | None = None
+
+    @property
+    def files(self) -> dict[str, ModelFile]:
+        """The files that the card names, by what they are: weights, graph, temporal, forecast."""
+        entries = {
+            "weights": self.weights,
+            "graph": self.graph,
+            "temporal": self.temporal_file,
+            "forecast": self.forecast_file,
+        }
+        return {kind: file for kind, file in entries.items() if file is not None}
 
     @property
     def model_id(self) -> str:
@@ -153,23 +198,46 @@ class ModelCard:
             )
         return self.folder / self.weights.name
 
+    @property
+    def temporal_path(self) -> Path:
+        """Path of the temporal head's weights.
+
+        Raises:
+            ModelError: the model has none.
+        """
+        return self._optional_path("temporal", "causal temporal head; `surg-perception train temporal` makes one")
+
+    @property
+    def forecast_path(self) -> Path:
+        """Path of the forecast graph.
+
+        Raises:
+            ModelError: the model has none.
+        """
+        return self._optional_path("forecast", "frame decoder; `surg-perception train gsvit` makes one")
+
+    def _optional_path(self, kind: str, what: str) -> Path:
+        if kind not in self.files:
+            raise ModelError(f"the model {self.name!r} in {self.folder} has no files.{kind}, that is no {what}")
+        return self.folder / self.files[kind].name
+
     def verify(self, *which: str) -> None:
         """Compare files with their sha256.
 
         Args:
-            which: "graph", "weights"; all that the card names unless told.
+            which: "graph", "weights", "temporal", "forecast"; all that the card names unless told.
 
         Raises:
             ModelError: a file is missing or is not the one that the card names.
         """
-        for kind in which or [kind for kind in ("weights", "graph") if getattr(self, kind)]:
+        for kind in which or self.files:
             path: Path = getattr(self, f"{kind}_path")
             if not path.is_file():
                 raise ModelError(
                     f"{self.folder / CARD_NAME}: files.{kind} names {path.name!r}, but there is no such file "
                     f"in {self.folder}; copy the model folder again, whole"
                 )
-            expected = getattr(self, kind).sha256
+            expected = self.files[kind].sha256
             found = sha256_of(path)
             if found != expected:
                 raise ModelError(
@@ -183,22 +251,31 @@ class ModelCard:
         return yaml.safe_dump(self._content(), sort_keys=False, allow_unicode=True, width=110)
 
     def _content(self) -> dict[str, Any]:
+        network = asdict(self.network)
+        if not self.network.decoder:
+            del network["decoder_width"], network["decoder_rank"]
+        optional: dict[str, Any] = {"procedure": self.procedure} if self.procedure else {}
+        if self.temporal:
+            optional["temporal"] = asdict(self.temporal)
+        if self.forecast:
+            optional["forecast"] = asdict(self.forecast)
         return {
             "name": self.name,
             "version": self.version,
             "network": {
-                **asdict(self.network),
+                **network,
                 "head_hidden": list(self.network.head_hidden),
                 "latent_shape": list(self.network.latent_shape),
             },
             "input": asdict(self.input),
             "labels": {"set": self.labels.set, "names": list(self.labels.names)},
             "temperature": self.temperature,
+            **optional,
             "metrics": self.metrics,
             "training": self.training,
             "licence": self.licence,
             "intended_use": self.intended_use,
-            "files": {kind: asdict(file) for kind in ("weights", "graph") if (file := getattr(self, kind))},
+            "files": {kind: asdict(file) for kind, file in self.files.items()},
         }
 
     def write(self) -> Path:
@@ -387,6 +464,10 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _count(value: object) -> bool:
+    return (value == 0 and not isinstance(value, bool)) or _whole(value)
+
+
 def _number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value > 0
 
@@ -427,6 +508,8 @@ def _card_from(root: _Table, folder: Path) -> ModelCard:
         latent_shape=tuple(network.take("latent_shape", "[D, 4, 4]", _latent_shape)),
         decoder=network.one_of("decoder", True, False),
         predict_change=network.take("predict_change", "true or false", lambda v: isinstance(v, bool), False),
+        decoder_width=network.take("decoder_width", "a positive whole number", _whole, NetworkFacts.decoder_width),
+        decoder_rank=network.take("decoder_rank", "0 or a positive whole number", _count, NetworkFacts.decoder_rank),
     )
     network.done()
 
@@ -448,7 +531,8 @@ def _card_from(root: _Table, folder: Path) -> ModelCard:
 
     files = root.table("files")
     entries: dict[str, ModelFile | None] = {}
-    for kind, suffix in (("weights", ".safetensors"), ("graph", ".onnx")):
+    suffixes = {"weights": ".safetensors", "graph": ".onnx", "temporal": ".safetensors", "forecast": ".onnx"}
+    for kind, suffix in suffixes.items():
         if kind not in files.content:
             entries[kind] = files.take(kind, "", None, None)
             continue
@@ -462,9 +546,28 @@ def _card_from(root: _Table, folder: Path) -> ModelCard:
             entry.take("sha256", "64 lower-case hex digits", _sha256),
         )
         entry.done()
-    if not any(entries.values()):
+    if not entries["weights"] and not entries["graph"]:
         raise files.error("", {}, "weights, graph or both")
     files.done()
+
+    temporal_facts, forecast_facts = None, None
+    for kind in ("temporal", "forecast"):
+        if (kind in root.content) != (entries[kind] is not None):
+            raise root.error(kind, root.content.get(kind), f"a mapping where files.{kind} is given, else nothing")
+    if entries["temporal"]:
+        temporal = root.table("temporal")
+        temporal_facts = TemporalFacts(
+            stages=temporal.take("stages", "a positive whole number", _whole),
+            layers=temporal.take("layers", "a positive whole number", _whole),
+            channels=temporal.take("channels", "a positive whole number", _whole),
+            inputs=temporal.one_of("inputs", "latent", "probabilities", "latent+probabilities"),
+            step_s=float(temporal.take("step_s", "seconds > 0", _number)),
+        )
+        temporal.done()
+    if entries["forecast"]:
+        forecast = root.table("forecast")
+        forecast_facts = ForecastFacts(float(forecast.take("gap_s", "seconds > 0", _number)))
+        forecast.done()
 
     card = ModelCard(
         folder=folder,
@@ -480,6 +583,11 @@ def _card_from(root: _Table, folder: Path) -> ModelCard:
         intended_use=root.text("intended_use"),
         weights=entries["weights"],
         graph=entries["graph"],
+        procedure=root.take("procedure", "text", lambda value: isinstance(value, str), ""),
+        temporal=temporal_facts,
+        temporal_file=entries["temporal"],
+        forecast=forecast_facts,
+        forecast_file=entries["forecast"],
     )
     root.done()
     return card

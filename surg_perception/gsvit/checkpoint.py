@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from surg_perception.gsvit.network import FrameDecoder, GSViT, GSViTConfig
+from surg_perception.gsvit.network import GSViT, GSViTConfig, frame_decoder
 from surg_perception.models import ModelError
 
 _ANCHOR = "evit.0.0.c.weight"  # in every GSViT checkpoint; what stands before it is the prefix of a wrapper
@@ -119,17 +119,20 @@ def build_gsvit(tensors: Mapping[str, Tensor], *, size: str, predict_change: boo
         CheckpointError: tensors that are missing, extra, misshapen or not finite.
     """
     widths = [value.shape[0] for name, value in sorted(_head_matrices(tensors))]
+    decoder_width, decoder_rank = _decoder_shape(tensors)
     config = GSViTConfig(
         size=size,
         decoder=any(name.startswith("decoder.") for name in tensors),
         predict_change=predict_change,
+        decoder_width=decoder_width,
+        decoder_rank=decoder_rank,
         classes=widths[-1] if widths else 0,
         head_hidden=tuple(widths[:-1]),
     )
     model = GSViT(replace(config, decoder=False))
     if config.decoder:
         with torch.device("meta"):  # its 328 M random weights would take seconds to draw
-            model.decoder = FrameDecoder(model.latent_shape[0], predict_change)
+            model.decoder = frame_decoder(config, model.latent_shape[0])
         model.config = config
     names = {released_name(name): name for name in model.state_dict()}
     _check(tensors, model, names, source)
@@ -139,6 +142,14 @@ def build_gsvit(tensors: Mapping[str, Tensor], *, size: str, predict_change: boo
     }
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def _decoder_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Width and rank that the decoder's first layers tell; those of the release where they tell nothing."""
+    conv, bottleneck = tensors.get("decoder.conv1.weight"), tensors.get("decoder.fc.0.weight")
+    width = conv.shape[0] if conv is not None and conv.ndim == 4 and conv.shape[0] % 16 == 0 else 0
+    rank = bottleneck.shape[0] if bottleneck is not None and bottleneck.ndim == 2 else 0
+    return width or GSViTConfig.decoder_width, rank
 
 
 def _head_matrices(tensors: Mapping[str, Tensor]) -> list[tuple[int, Tensor]]:

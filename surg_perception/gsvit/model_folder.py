@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,21 @@ from surg_perception.gsvit.checkpoint import (
     released_name,
 )
 from surg_perception.gsvit.network import GSViT
-from surg_perception.models import InputFacts, LabelFacts, ModelCard, ModelFile, NetworkFacts, read_card
+from surg_perception.models import (
+    ForecastFacts,
+    InputFacts,
+    LabelFacts,
+    ModelCard,
+    ModelFile,
+    NetworkFacts,
+    TemporalFacts,
+    read_card,
+)
 
-_WEIGHTS, _GRAPH = "model.safetensors", "model.onnx"
+if TYPE_CHECKING:
+    from surg_perception.gsvit.temporal import TemporalNetwork
+
+_WEIGHTS, _GRAPH, _TEMPORAL, _FORECAST = "model.safetensors", "model.onnx", "temporal.safetensors", "forecast.onnx"
 
 
 def save_model_folder(
@@ -37,6 +49,9 @@ def save_model_folder(
     licence: str,
     intended_use: str,
     weight_storage: str = "fp32",
+    procedure: str = "",
+    temporal: TemporalNetwork | None = None,
+    forecast_gap_s: float | None = None,
 ) -> ModelCard:
     """Write `model.safetensors`, `model.onnx` and the card `model.yaml`, replacing those that are there.
 
@@ -49,9 +64,13 @@ def save_model_folder(
         name, version, labels, metrics, training, licence, intended_use: of the card (`ModelCard`).
         weight_storage: "fp32", or "fp16" for files half as big (`runtime.export.export_onnx`). Call
             `round_matrices_to_fp16` before measuring a model that is to be stored so.
+        procedure: what surgery the model is for; "" for any.
+        temporal: causal temporal head, written as `temporal.safetensors`.
+        forecast_gap_s: how far ahead the model's decoder looks, in seconds; writes `forecast.onnx`, with which
+            the running pipeline forecasts. None leaves the decoder to the weights alone.
 
     Raises:
-        ValueError: not as many label names as the model has classes.
+        ValueError: not as many label names as the model has classes, or a forecast without a decoder.
         surg_perception.models.ModelError: a value that a card cannot have.
     """
     from safetensors.torch import save_file
@@ -60,8 +79,21 @@ def save_model_folder(
 
     if len(labels.names) != model.config.classes:
         raise ValueError(f"{len(labels.names)} label names given for a model of {model.config.classes} classes")
+    if forecast_gap_s is not None and model.decoder is None:
+        raise ValueError(f"a forecast {forecast_gap_s} s ahead was asked for, but the model has no frame decoder")
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    temporal_file = forecast_file = None
+    if temporal is not None:
+        from surg_perception.gsvit.temporal import save_temporal
+
+        save_temporal(temporal, folder / _TEMPORAL)
+        temporal_file = ModelFile.of(folder / _TEMPORAL)
+    if forecast_gap_s is not None:
+        from surg_perception.runtime.export import export_forecast_onnx
+
+        export_forecast_onnx(model, folder / _FORECAST, weight_storage=weight_storage)
+        forecast_file = ModelFile.of(folder / _FORECAST)
     graph = export_onnx(model, folder / _GRAPH, weight_storage=weight_storage, phases=labels.names)
     weights, partial = folder / _WEIGHTS, folder / f".{_WEIGHTS}.{os.getpid()}.partial"
     try:
@@ -82,6 +114,8 @@ def save_model_folder(
             latent_shape=model.latent_shape,
             decoder=config.decoder,
             predict_change=config.predict_change,
+            decoder_width=config.decoder_width,
+            decoder_rank=config.decoder_rank,
         ),
         input=InputFacts(),
         labels=labels,
@@ -92,6 +126,18 @@ def save_model_folder(
         intended_use=intended_use,
         weights=ModelFile.of(weights),
         graph=ModelFile.of(graph),
+        procedure=procedure,
+        temporal=temporal
+        and TemporalFacts(
+            stages=temporal.config.stages,
+            layers=temporal.config.layers,
+            channels=temporal.config.channels,
+            inputs=temporal.config.inputs,
+            step_s=temporal.config.step_s,
+        ),
+        temporal_file=temporal_file,
+        forecast=None if forecast_gap_s is None else ForecastFacts(forecast_gap_s),
+        forecast_file=forecast_file,
     )
     card.write()
     return card

@@ -29,6 +29,10 @@ class GSViTConfig:
         size: EfficientViT variant, "m0" to "m5"; GSViT is "m5".
         decoder: whether the next-frame decoder is part of the network (328 M parameters for "m5").
         predict_change: the decoder predicts the change to the next frame (tanh), not the frame (sigmoid).
+        decoder_width: channels of the decoder's widest layer, a multiple of 16; the others follow. 1024 is the
+            release, 328 M parameters for "m5"; 64 or 128 can be trained without a GPU.
+        decoder_rank: width of a bottleneck in the decoder's first layer, which holds nearly all its parameters;
+            0 for the release's one full matrix.
         classes: number of surgical phases; 0 for a network without a phase head.
         head_hidden: widths of the phase head's hidden layers; the paper has 2048 and 512.
     """
@@ -36,12 +40,19 @@ class GSViTConfig:
     size: str = "m5"
     decoder: bool = True
     predict_change: bool = False
+    decoder_width: int = 1024
+    decoder_rank: int = 0
     classes: int = 0
     head_hidden: tuple[int, ...] = (2048, 512)
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ValueError(f"unknown EfficientViT size {self.size!r}; expected one of {', '.join(SIZES)}")
+        if self.decoder_width < 16 or self.decoder_width % 16 or self.decoder_rank < 0:
+            raise ValueError(
+                f"a decoder of width {self.decoder_width} and rank {self.decoder_rank} cannot be built; expected "
+                "a width that is a multiple of 16, and a rank of 0 (none) or more"
+            )
         if self.classes < 0 or any(width < 1 for width in self.head_hidden):
             raise ValueError(
                 f"a phase head of {self.classes} classes with hidden widths {self.head_hidden} cannot be "
@@ -54,10 +65,11 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
+        squeezed = max(1, channels // reduction)
         self.fc = nn.Sequential(
-            nn.Linear(channels, channels // reduction, bias=False),
+            nn.Linear(channels, squeezed, bias=False),
             nn.ReLU(),
-            nn.Linear(channels // reduction, channels, bias=False),
+            nn.Linear(squeezed, channels, bias=False),
             nn.Sigmoid(),
         )
 
@@ -84,28 +96,33 @@ class FrameDecoder(nn.Module):
     Args:
         latent_channels: channels D of the latent [B, D, 4, 4].
         predict_change: end with tanh (change, -1..1) instead of sigmoid (frame, 0..1).
+        width, rank: `GSViTConfig.decoder_width` and `decoder_rank`.
     """
 
-    def __init__(self, latent_channels: int, predict_change: bool = False) -> None:
+    def __init__(self, latent_channels: int, predict_change: bool = False, width: int = 1024, rank: int = 0) -> None:
         super().__init__()
         self.predict_change = predict_change
-        self.fc = nn.Linear(latent_channels * LATENT_GRID**2, 7 * 7 * 1024)
-        self.bn1d = nn.BatchNorm1d(7 * 7 * 1024)
-        self.conv1 = nn.ConvTranspose2d(1024, 512, 4, stride=2, padding=1)
-        self.bn1 = nn.BatchNorm2d(512)
-        self.conv2 = nn.ConvTranspose2d(512, 512, 4, stride=2, padding=1)
-        self.bn2 = nn.BatchNorm2d(512)
-        self.res1 = _residual_branch(512)
-        self.conv3 = nn.ConvTranspose2d(512, 256, 4, stride=2, padding=1)
-        self.bn3 = nn.BatchNorm2d(256)
-        self.conv4 = nn.ConvTranspose2d(256, 64, 4, stride=2, padding=1)
-        self.bn4 = nn.BatchNorm2d(64)
-        self.res2 = _residual_branch(64)
-        self.conv5 = nn.ConvTranspose2d(64, 3, 4, stride=2, padding=1)
+        self.width = width
+        features, half, quarter, last = latent_channels * LATENT_GRID**2, width // 2, width // 4, width // 16
+        self.fc: nn.Module = nn.Linear(features, 7 * 7 * width)
+        if rank:
+            self.fc = nn.Sequential(nn.Linear(features, rank), nn.Linear(rank, 7 * 7 * width))
+        self.bn1d = nn.BatchNorm1d(7 * 7 * width)
+        self.conv1 = nn.ConvTranspose2d(width, half, 4, stride=2, padding=1)
+        self.bn1 = nn.BatchNorm2d(half)
+        self.conv2 = nn.ConvTranspose2d(half, half, 4, stride=2, padding=1)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.res1 = _residual_branch(half)
+        self.conv3 = nn.ConvTranspose2d(half, quarter, 4, stride=2, padding=1)
+        self.bn3 = nn.BatchNorm2d(quarter)
+        self.conv4 = nn.ConvTranspose2d(quarter, last, 4, stride=2, padding=1)
+        self.bn4 = nn.BatchNorm2d(last)
+        self.res2 = _residual_branch(last)
+        self.conv5 = nn.ConvTranspose2d(last, 3, 4, stride=2, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
         """Latent [B, D, 4, 4] to a BGR frame in 0..1, or a change in -1..1, [B, 3, 224, 224]."""
-        x = F.gelu(self.bn1d(self.fc(latent.flatten(1)))).unflatten(1, (1024, 7, 7))
+        x = F.gelu(self.bn1d(self.fc(latent.flatten(1)))).unflatten(1, (self.width, 7, 7))
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = x + self.res1(x)
@@ -114,6 +131,11 @@ class FrameDecoder(nn.Module):
         x = x + self.res2(x)
         x = self.conv5(x)
         return torch.tanh(x) if self.predict_change else torch.sigmoid(x)
+
+
+def frame_decoder(config: GSViTConfig, latent_channels: int) -> FrameDecoder:
+    """The decoder that `config` describes, with random weights."""
+    return FrameDecoder(latent_channels, config.predict_change, config.decoder_width, config.decoder_rank)
 
 
 class PhaseHead(nn.Module):
@@ -174,7 +196,7 @@ class GSViT(nn.Module):
         self.config = config = config or GSViTConfig()
         self.encoder = import_timm().create_model(f"efficientvit_{config.size}", num_classes=0)
         self.latent_shape = (int(self.encoder.num_features), LATENT_GRID, LATENT_GRID)
-        self.decoder = FrameDecoder(self.latent_shape[0], config.predict_change) if config.decoder else None
+        self.decoder = frame_decoder(config, self.latent_shape[0]) if config.decoder else None
         features = self.latent_shape[0] * LATENT_GRID**2
         self.head = PhaseHead(features, config.head_hidden, config.classes) if config.classes else None
 
