@@ -127,20 +127,20 @@ def save_model_folder(
         weights=ModelFile.of(weights),
         graph=ModelFile.of(graph),
         procedure=procedure,
-        temporal=temporal
-        and TemporalFacts(
-            stages=temporal.config.stages,
-            layers=temporal.config.layers,
-            channels=temporal.config.channels,
-            inputs=temporal.config.inputs,
-            step_s=temporal.config.step_s,
-        ),
+        temporal=_temporal_facts(temporal),
         temporal_file=temporal_file,
         forecast=None if forecast_gap_s is None else ForecastFacts(forecast_gap_s),
         forecast_file=forecast_file,
     )
     card.write()
     return card
+
+
+def _temporal_facts(temporal: TemporalNetwork | None) -> TemporalFacts | None:
+    if temporal is None:
+        return None
+    config = temporal.config
+    return TemporalFacts(config.stages, config.layers, config.channels, config.inputs, config.step_s)
 
 
 def load_model_folder(folder: str | Path) -> GSViT:

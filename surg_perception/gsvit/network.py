@@ -197,8 +197,14 @@ class GSViT(nn.Module):
         self.encoder = import_timm().create_model(f"efficientvit_{config.size}", num_classes=0)
         self.latent_shape = (int(self.encoder.num_features), LATENT_GRID, LATENT_GRID)
         self.decoder = frame_decoder(config, self.latent_shape[0]) if config.decoder else None
-        features = self.latent_shape[0] * LATENT_GRID**2
-        self.head = PhaseHead(features, config.head_hidden, config.classes) if config.classes else None
+        self.head: PhaseHead | None = None
+        if config.classes:
+            self.add_phase_head(config.classes, config.head_hidden)
+
+    def add_phase_head(self, classes: int, hidden: tuple[int, ...]) -> None:
+        """Put a phase head with random weights on the encoder, in the place of one that may be there."""
+        self.config = replace(self.config, classes=classes, head_hidden=hidden)
+        self.head = PhaseHead(self.latent_shape[0] * LATENT_GRID**2, hidden, classes)
 
     def drop_decoder(self) -> None:
         """Give up the frame decoder and its memory; `predict_next` is an error from then on."""

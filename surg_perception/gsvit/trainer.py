@@ -324,12 +324,15 @@ class _Run:
                     shutil.rmtree(self.folder / name, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         done = self._load(state_file) if state_file.exists() else 0
-        self.accelerator.wait_for_everyone()
         if self.main:
             _keep_lines(self.folder / LOSSES_NAME, lambda line: line["step"] < done)
             _keep_lines(self.folder / METRICS_NAME, lambda line: line["step"] <= done)
             if done:
                 self.console.print(f"going on after step {done} of {self.steps} ({state_file})")
+        self.accelerator.wait_for_everyone()
+        metrics = self.folder / METRICS_NAME
+        self.validated = metrics.exists() and done in [line["step"] for line in read_lines(metrics)]
+        self.accelerator.wait_for_everyone()
         return done
 
     def _load(self, state_file: Path) -> int:
@@ -338,8 +341,6 @@ class _Run:
             found = state["identity"]
             if state["format"] != _STATE_FORMAT:
                 raise ValueError(f"its format is {state['format']}, expected {_STATE_FORMAT}")
-        except OSError:
-            raise
         except Exception as error:  # damaged bytes make the unpickler fail in every way there is
             raise TrainingError(
                 f"{state_file} cannot be read as a training's state ({type(error).__name__}: {error}). "
@@ -370,10 +371,8 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return int(state["done"])
 
-    def _save(self, losses: TextIO | None) -> None:
+    def _save(self) -> None:
         if self.main:
-            if losses is not None:
-                losses.flush()
             scaler = self.accelerator.scaler
             state = {
                 "format": _STATE_FORMAT,
@@ -401,7 +400,7 @@ class _Run:
             if self.main:
                 self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.done)
                 stack.callback(self.board.close)
-                losses = stack.enter_context((self.folder / LOSSES_NAME).open("a", encoding="utf-8"))
+                losses = stack.enter_context((self.folder / LOSSES_NAME).open("a", buffering=1, encoding="utf-8"))
             stack.enter_context(self._signals())
             progress = stack.enter_context(
                 Progress(
@@ -419,7 +418,7 @@ class _Run:
             bar = progress.add_task("", total=self.steps, completed=self.done, loss=math.nan, images_per_s=0.0)
             self.module.train()
             # Killed after a checkpoint and before its validation was written down.
-            if self.done and self._due(self.settings.validate_every_steps) and self.done not in self._validated():
+            if self.done and self._due(self.settings.validate_every_steps) and not self.validated:
                 self._validate((self.done - 1) // self.steps_per_epoch, 0.0)
             for epoch in range(self.done // self.steps_per_epoch, self.settings.epochs):
                 self._epoch(epoch, progress, bar, losses)
@@ -450,7 +449,7 @@ class _Run:
             progress.update(bar, completed=self.done, loss=total / (self.done - first), images_per_s=images_per_s)
             stopping = self._stopping()
             if stopping or self._due(settings.checkpoint_every_steps) or self._due(settings.validate_every_steps):
-                self._save(losses)
+                self._save()
             if stopping:
                 if self.main:
                     self.console.print(
@@ -484,11 +483,15 @@ class _Run:
                     step = waiting.popleft()
                     indices = order[step * self.batch : (step + 1) * self.batch]
                     rng = np.random.default_rng([self.settings.seed, epoch, step, rank])
-                    ahead.append((indices, pool.submit(self.task.batch, indices[rank::processes], rng)))
+                    ahead.append((indices, pool.submit(self._prepare, indices[rank::processes], rng)))
                 indices, batch = ahead.popleft()
                 yield indices, batch.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _prepare(self, indices: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
+        batch = self.task.batch(indices, rng)
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.device.type == "cuda" else batch
 
     def _step(self, epoch: int, indices: NDArray[np.int64], batch: dict[str, Tensor], rate: float) -> float:
         """One update of the weights; returns the loss, the mean over processes."""
@@ -520,17 +523,11 @@ class _Run:
         return value
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
         image = self.settings.channels_last and tensor.ndim == 4
         layout = torch.channels_last if image else torch.preserve_format
         return tensor.to(self.device, non_blocking=True, memory_format=layout)
 
     # ---- validation --------------------------------------------------------------------------------------------
-
-    def _validated(self) -> set[int]:
-        path = self.folder / METRICS_NAME
-        return {line["step"] for line in read_lines(path)} if path.exists() else set()
 
     def _validate(self, epoch: int, images_per_s: float) -> None:
         if self.main:
