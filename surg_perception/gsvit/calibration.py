@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -28,8 +28,11 @@ from torch.nn import functional as F
 from surg_perception.data.datasets import Dataset, Video
 from surg_perception.data.frame_cache import cached_frames
 from surg_perception.gsvit.augment import noise_for, random_view, relight, warp
+from surg_perception.gsvit.model_folder import save_model_folder
 from surg_perception.gsvit.network import IMAGE_SIZE, LATENT_GRID, GSViT, GSViTConfig
+from surg_perception.gsvit.pretrain import model_licence
 from surg_perception.gsvit.trainer import Task, TrainSettings, fit
+from surg_perception.models import LabelFacts, ModelCard
 
 TEACHERS = ("efficientnet-lite0", "efficientnet-lite2")
 DEFAULTS = TrainSettings(
@@ -176,8 +179,9 @@ class DistilTask(Task):
         found = module(batch["bgr"])
         cells = F.mse_loss(found, batch["target"])
         whole = F.mse_loss(found.mean((2, 3)), batch["target"].mean((2, 3)))
-        return cells + whole, {"cells": float(cells), "whole": float(whole)}
+        return cells + whole, {"cells": float(cells.detach()), "whole": float(whole.detach())}
 
+    @torch.no_grad()
     def end_of_epoch(self, epoch: int, module: nn.Module, folder: Path) -> dict[str, float]:
         error = variance = 0.0
         for video in self.validation:
@@ -215,40 +219,60 @@ def _principal_components(videos: Sequence[Distilled]) -> tuple[NDArray[np.float
 
 def distil(
     datasets: Sequence[Dataset],
+    out: Path,
     settings: TrainSettings,
-    folder: Path,
     *,
     size: str = "m0",
     teacher: str = "efficientnet-lite2",
     validation: Sequence[str] = (),
     cache: Path,
+    name: str | None = None,
+    licence: str | None = None,
     resume: bool = True,
     console: Console | None = None,
-) -> tuple[GSViT, dict[str, Any]]:
-    """Distil `teacher` into a fresh encoder of `size`.
+) -> ModelCard:
+    """Distil `teacher` into a fresh encoder and write a model folder; killed and called again, it goes on.
 
     Args:
         datasets: whose frames to use; labels are not looked at.
-        settings, folder, resume, console: as in `trainer.fit`.
+        out: the model folder, with latents only; the training's own files are in `out/training`.
+        settings: how to train.
+        size: EfficientViT variant of the student.
+        teacher: one of `TEACHERS`.
         validation: names of videos that are kept back and measured after each epoch.
         cache: where frames and teacher's features are kept.
+        name, licence: of the card; the folder's, and what the data demand, unless told.
+        resume, console: as in `trainer.fit`.
 
-    Returns:
-        The encoder in evaluation mode, without decoder and head, and what its card should say of it.
+    Raises:
+        ValueError: no such teacher, or no video left to train on.
+        TrainingError: as `trainer.fit`.
     """
     console = console or Console()
     videos = [video for dataset in datasets for video in dataset.videos]
+    if not any(video.name not in validation for video in videos):
+        raise ValueError(f"{len(videos)} videos found, {len(validation)} of them kept back; expected some to train on")
     entries = [teacher_features(video, teacher, cache, console) for video in videos]
     training = [entry for entry in entries if entry.name not in validation]
     torch.manual_seed(settings.seed)
     model = GSViT(GSViTConfig(size, decoder=False))
     task = DistilTask(model, training, [entry for entry in entries if entry.name in validation])
-    trained = fit(task, settings, folder, resume=resume, console=console)
+    trained = fit(task, settings, out / "training", resume=resume, console=console)
     assert isinstance(trained, DistilNetwork)
-    facts = {
-        "start_weights": f"random; features distilled from {teacher} (ImageNet weights, Apache-2.0)",
-        "distilled_on": [entry.name for entry in training],
-        "frames": task.samples,
-        "settings": asdict(settings),
-    }
-    return trained.model, facts
+    measured = task.end_of_epoch(0, trained, out)
+    return save_model_folder(
+        trained.model,
+        out,
+        name=name or out.resolve().name,
+        version="0.1.0",
+        labels=LabelFacts("", ()),
+        metrics={key: round(value, 4) for key, value in measured.items()},
+        training={
+            "start_weights": f"random; features distilled from {teacher} (ImageNet weights, Apache-2.0)",
+            "videos": [entry.name for entry in training],
+            "frames": task.samples,
+            "settings": asdict(settings),
+        },
+        licence=licence or model_licence(datasets, None),
+        intended_use="Research. Latent features, a start for phase training. Not a medical device.",
+    )

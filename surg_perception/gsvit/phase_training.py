@@ -306,13 +306,21 @@ def _identity(options: PhaseOptions) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PhaseModel:
-    """What `train_phase` gives: the network, its temporal head, latents of the videos kept back, and facts."""
+    """What `train_phase` gives.
+
+    Attributes:
+        model, temporal: the network with its phase head, and the temporal head or None; in evaluation mode.
+        training: latents of the training videos; empty where neither frozen training nor a temporal head asks for
+            them.
+        validation: latents of the videos kept back.
+        start: what a card says of the start weights.
+    """
 
     model: GSViT
     temporal: TemporalNetwork | None
+    training: tuple[VideoLatents, ...]
     validation: tuple[VideoLatents, ...]
     start: dict[str, Any]
-    training: tuple[str, ...]
 
 
 def train_phase(
@@ -384,7 +392,7 @@ def train_phase(
         logits = torch.cat([head_logits(model, entry.latents) for entry in held_back])
         phases = torch.from_numpy(np.concatenate([entry.video.phases for entry in held_back]))
         model.head.temperature.fill_(best_temperature(logits, phases))
-    return PhaseModel(model, temporal, tuple(held_back), start, tuple(video.name for video in training))
+    return PhaseModel(model, temporal, tuple(latents), tuple(held_back), start)
 
 
 @torch.no_grad()
@@ -472,7 +480,7 @@ def train_phase_model(
         training=trained.start
         | {
             "data": [f"{dataset.kind}: {', '.join(video.name for video in dataset.videos)}" for dataset in datasets],
-            "videos": list(trained.training),
+            "videos": [video.name for video in videos if video.name not in options.validation],
             "validation": list(options.validation),
             "options": _identity(options),
             "settings": asdict(settings),

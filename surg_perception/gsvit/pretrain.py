@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surg_perception.data.labels import PROCEDURES
+from surg_perception.gsvit.augment import noise_for, random_view, relight, warp
 from surg_perception.gsvit.checkpoint import CheckpointError, build_gsvit, load_gsvit, read_tensors, released_name
 from surg_perception.gsvit.model_folder import round_matrices_to_fp16, save_model_folder
 from surg_perception.gsvit.network import IMAGE_SIZE, GSViT, GSViTConfig
@@ -64,7 +65,7 @@ class PretrainOptions:
         validation_pairs: at most this many pairs, evenly spaced, are measured each time.
         pictures: how many of them are drawn each time.
         mirror: mirror half of the pairs left to right.
-        augment: rotate, zoom, shift and relight both frames of a pair alike.
+        augment: another view (mirrored or not), camera and light, the same for both frames of a pair.
     """
 
     gap_s: float = 1.0
@@ -138,20 +139,10 @@ class Clip:
 def augment_pair(
     frame: NDArray[np.uint8], target: NDArray[np.uint8], rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The same other view and light of two uint8 BGR images: rotation, zoom, shift; gain per channel and gamma."""
-    side = IMAGE_SIZE
-    matrix = np.asarray(
-        cv2.getRotationMatrix2D((side / 2, side / 2), rng.uniform(-20, 20), rng.uniform(0.9, 1.25)), np.float64
-    )
-    matrix[:, 2] += rng.uniform(-0.08, 0.08, 2) * side
-    levels = np.linspace(0.0, 1.0, 256)[:, None]
-    gains = rng.uniform(0.75, 1.3) * rng.uniform(0.9, 1.1, 3)
-    table = np.clip(255.0 * gains * levels ** np.exp(rng.uniform(-0.3, 0.3)), 0, 255).astype(np.uint8)[None]
-
-    def other(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return cv2.LUT(cv2.warpAffine(image, matrix, (side, side), flags=cv2.INTER_LINEAR), table).astype(np.uint8)
-
-    return other(frame), other(target)
+    """The same other view, camera and light (`gsvit.augment`) of two uint8 BGR images [224, 224, 3]."""
+    view, light, noise = random_view(IMAGE_SIZE, rng), rng.integers(2**32), noise_for(frame, rng)
+    other, other_target = (relight(warp(image, view), np.random.default_rng(light), noise) for image in (frame, target))
+    return other, other_target
 
 
 # ---- network -----------------------------------------------------------------------------------------------
@@ -215,6 +206,18 @@ def start_model(options: PretrainOptions, seed: int) -> tuple[GSViT, dict[str, A
 
 
 def read_start(path: Path, size: str | None) -> GSViT:
+    """Start weights: a model folder, or a file with a released or saved GSViT or with timm's EfficientViT.
+
+    Args:
+        path: folder or file.
+        size: EfficientViT variant of a file, "m5" unless told; a folder's card says its own.
+
+    Returns:
+        In evaluation mode; decoder and phase head where the weights have them.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load_gsvit`.
+    """
     if path.is_dir():
         return load_gsvit(path)
     tensors = read_tensors(path)

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of docs/results.md: leave-one-video-out over whole Cholec80 surgeries, from nothing.
+
+.venv/bin/python scripts/leave_one_out.py DATA --clips CLIPS --out DIR
+
+Resumable; hours on two cores.
+
+DATA is a data set with phases (Cholec80, or its frames), CLIPS a folder of videos without labels. For each video of
+DATA, everything is trained without it: distillation of the encoder, next-frame pre-training, phase head, temporal
+head. Settings are those of the commands `surg-perception train distil | gsvit | phase`, and none was chosen by the
+held-out videos unless docs/results.md says so. Two processes may work on different --folds of one --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from surg_perception.data.datasets import open_dataset
+from surg_perception.gsvit.distil import DEFAULTS as DISTILLATION
+from surg_perception.gsvit.distil import distil
+from surg_perception.gsvit.phase_training import (
+    FINE_TUNED,
+    FROZEN,
+    LabelledVideo,
+    PhaseOptions,
+    head_logits,
+    open_videos,
+    sequence,
+    train_phase,
+)
+from surg_perception.gsvit.pretrain import PretrainOptions, pretrain
+from surg_perception.gsvit.temporal import TemporalConfig, TemporalSettings
+from surg_perception.gsvit.trainer import TrainSettings
+from surg_perception.models import CARD_NAME
+
+STEP_S = 4.0  # the frames at hand are four seconds apart
+HEAD_HIDDEN = (128,)
+NEXT_FRAME = TrainSettings(
+    epochs=4, batch=32, learning_rate=5e-4, final_learning_rate=1e-5, gradient_clip=1.0, channels_last=True
+)
+DECODER_WIDTH = DECODER_RANK = 128  # the release's decoder is beyond a CPU
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train: from which encoder, and whether it is frozen."""
+
+    name: str
+    start: str  # "random", "distilled" or "next-frame"
+    frozen: bool
+
+
+VARIANTS = (
+    Variant("distilled, frozen", "distilled", True),
+    Variant("distilled, fine-tuned", "distilled", False),
+    Variant("distilled + next frame, frozen", "next-frame", True),
+    Variant("distilled + next frame, fine-tuned", "next-frame", False),
+    Variant("random, fine-tuned", "random", False),
+)
+
+
+def temporal_settings() -> TemporalSettings:
+    """The temporal head, at the step of the data; its widths are set by the training."""
+    return TemporalSettings(config=TemporalConfig(features=1, classes=1, inputs="latent", step_s=STEP_S))
+
+
+# ---- baselines ---------------------------------------------------------------------------------------------
+
+
+def colour_histograms(video: LabelledVideo) -> NDArray[np.float32]:
+    """HSV histograms [n, 512] of a video's frames, each summing to 1, square-rooted (Hellinger distance)."""
+    rows = []
+    for frame in video.frames:
+        hsv = cv2.cvtColor(np.asarray(frame), cv2.COLOR_BGR2HSV)
+        rows.append(cv2.calcHist([hsv], [0, 1, 2], None, [8, 8, 8], [0, 180, 0, 256, 0, 256]).ravel())
+    histograms = np.stack(rows)
+    return np.sqrt(histograms / histograms.sum(1, keepdims=True)).astype(np.float32)
+
+
+def majority(training: Sequence[LabelledVideo], test: LabelledVideo, classes: int) -> NDArray[np.int64]:
+    """The most frequent phase of the training videos, always."""
+    counts = np.bincount(np.concatenate([video.phases for video in training]), minlength=classes)
+    return np.full(len(test.phases), counts.argmax())
+
+
+def nearest_colours(training: Sequence[LabelledVideo], test: LabelledVideo, classes: int) -> NDArray[np.int64]:
+    """The phase of the training frame with the nearest colour histogram."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    model = KNeighborsClassifier(n_neighbors=1)
+    model.fit(
+        np.concatenate([colour_histograms(video) for video in training]),
+        np.concatenate([video.phases for video in training]),
+    )
+    return np.asarray(model.predict(colour_histograms(test)), np.int64)
+
+
+def transition_prior(training: Sequence[LabelledVideo], test: LabelledVideo, classes: int) -> NDArray[np.int64]:
+    """The most probable phase at each step of a Markov chain with the training videos' transitions; no image."""
+    counts = np.full((classes, classes), 1e-6)
+    for video in training:
+        np.add.at(counts, (video.phases[:-1], video.phases[1:]), 1.0)
+    transitions = counts / counts.sum(1, keepdims=True)
+    state = np.bincount([video.phases[0] for video in training], minlength=classes) / len(training)
+    found = []
+    for _ in test.phases:
+        found.append(int(state.argmax()))
+        state = state @ transitions
+    return np.array(found)
+
+
+BASELINES: Mapping[str, Callable[[Sequence[LabelledVideo], LabelledVideo, int], NDArray[np.int64]]] = {
+    "majority": majority,
+    "colour histogram + nearest neighbour": nearest_colours,
+    "transition prior": transition_prior,
+}
+
+
+# ---- one fold ----------------------------------------------------------------------------------------------
+
+
+class Fold:
+    """All trainings without one video; each result is a file, and what is there is not made again."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, videos: Sequence[LabelledVideo], held_out: str, classes: int
+    ) -> None:
+        self.arguments, self.held_out, self.classes = arguments, held_out, classes
+        self.videos = videos
+        self.training = [video for video in videos if video.name != held_out]
+        self.test = next(video for video in videos if video.name == held_out)
+        self.folder = arguments.out / held_out
+        self.console = Console(width=120)
+
+    def baseline(self, name: str) -> None:
+        found = BASELINES[name](self.training, self.test, self.classes)
+        self._write(name, {"phases": found})
+
+    def variant(self, variant: Variant) -> None:
+        """Train and predict, unless that is done."""
+        if self._file(variant.name).exists():
+            return
+        start = {"random": lambda: None, "distilled": self._distilled, "next-frame": self._next_frame}[variant.start]()
+        began = time.monotonic()
+        options = PhaseOptions(
+            start=start,
+            size="m0",
+            frozen=variant.frozen,
+            head_hidden=HEAD_HIDDEN,
+            temporal=temporal_settings(),
+            validation=(self.held_out,),
+            temperatures=(1.0, 1.0),
+        )
+        settings = replace(FROZEN if variant.frozen else FINE_TUNED, threads=self.arguments.threads)
+        trained = train_phase(
+            self.videos, self.classes, options, settings, self.folder / variant.name / "training", console=self.console
+        )
+        (entry,) = trained.validation
+        one = sequence(trained.model, entry)
+        assert trained.temporal is not None
+        streamed = trained.temporal.head().run(one.latents, one.probabilities, one.times_s)
+        training = [sequence(trained.model, latents) for latents in trained.training]
+        latents: dict[str, Any] = {s.name: np.stack([s.latents, *s.versions]) for s in (*training, one)}
+        np.savez(self.folder / variant.name / "latents.npz", **latents)
+        self._write(
+            variant.name,
+            {
+                "single": torch.softmax(head_logits(trained.model, entry.latents), 1).numpy(),
+                "temporal": streamed,
+                "seconds": np.array(time.monotonic() - began),
+            },
+        )
+
+    def _distilled(self) -> Path:
+        folder = self.folder / "distilled"
+        if not (folder / CARD_NAME).exists():
+            distil(
+                [open_dataset(self.arguments.data), open_dataset(self.arguments.clips, rate_hz=2.0)],
+                folder,
+                replace(DISTILLATION, threads=self.arguments.threads),
+                validation=(self.held_out,),
+                cache=self.arguments.cache,
+                console=self.console,
+            )
+        return folder
+
+    def _next_frame(self) -> Path:
+        folder = self.folder / "next-frame"
+        if not (folder / CARD_NAME).exists():
+            options = PretrainOptions(
+                gap_s=STEP_S,
+                start=self._distilled(),
+                validation=(self.held_out,),
+                mirror=True,
+                augment=True,
+                decoder_width=DECODER_WIDTH,
+                decoder_rank=DECODER_RANK,
+            )
+            datasets = [open_dataset(self.arguments.data), open_dataset(self.arguments.clips)]
+            settings = replace(NEXT_FRAME, threads=self.arguments.threads)
+            pretrain(
+                datasets, folder, options, settings, cache=self.arguments.cache, forecast=False, console=self.console
+            )
+        return folder
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.npz"
+
+    def _write(self, name: str, content: Mapping[str, NDArray[Any]]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {"truth": self.test.phases, "times_s": self.test.times_s, **content}
+        np.savez(self._file(name), **arrays)
+        found = {key: value if value.ndim == 1 else value.argmax(1) for key, value in content.items() if value.ndim}
+        known = self.test.phases >= 0
+        accuracies = {key: round(float((value == self.test.phases)[known].mean()), 4) for key, value in found.items()}
+        self.console.print(f"{self.held_out}, {name}: {json.dumps(accuracies)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="data set with phases")
+    parser.add_argument("--clips", type=Path, help="folder of videos without labels")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path(".cache/frames"), help="for resized frames")
+    parser.add_argument("--folds", nargs="+", metavar="VIDEO", help="videos to hold out (default: each)")
+    parser.add_argument("--variants", nargs="*", type=int, metavar="N", help=f"of {[v.name for v in VARIANTS]}, from 0")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    dataset = open_dataset(arguments.data)
+    videos = open_videos([dataset], arguments.cache)
+    for number in arguments.variants if arguments.variants is not None else range(len(VARIANTS)):
+        for held_out in arguments.folds or [video.name for video in videos]:
+            Fold(arguments, videos, held_out, len(dataset.phases)).variant(VARIANTS[number])
+    for held_out in arguments.folds or [video.name for video in videos]:
+        for name in BASELINES:
+            Fold(arguments, videos, held_out, len(dataset.phases)).baseline(name)
+
+
+if __name__ == "__main__":
+    main()
