@@ -48,7 +48,7 @@ from surg_perception.models import CARD_NAME
 STEP_S = 4.0  # the frames at hand are four seconds apart
 HEAD_HIDDEN = (128,)
 NEXT_FRAME = TrainSettings(
-    epochs=4, batch=32, learning_rate=5e-4, final_learning_rate=1e-5, gradient_clip=1.0, channels_last=True
+    epochs=3, batch=32, learning_rate=5e-4, final_learning_rate=1e-5, gradient_clip=1.0, channels_last=True
 )
 DECODER_WIDTH = DECODER_RANK = 128  # the release's decoder is beyond a CPU
 

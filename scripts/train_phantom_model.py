@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the small GSViT that ships in models/: EfficientViT-M0 with a phase head, on the phantom.
+"""Trains the small GSViT that ships in models/: EfficientViT-M0 with phase head and frame decoder, on the phantom.
 
-.venv/bin/python scripts/train_phantom_model.py            about 15 minutes on two cores
+.venv/bin/python scripts/train_phantom_model.py            about 25 minutes on two cores
 .venv/bin/python scripts/train_phantom_model.py --quick    the same road in seconds, for tests; useless weights
+
+Two stages: `phase` trains encoder and head and writes the model folder; `forecast` leaves these as they are and adds
+a decoder that draws the picture one second ahead from the latent. `--stage forecast` adds it to a folder that exists.
 
 Rendered frames (1 GB) and the state of an interrupted training are kept below .cache/; running the same command
 again goes on where it stopped. Procedures (seeds) for training, calibration and the card's figures are disjoint.
@@ -17,6 +20,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -37,9 +41,12 @@ sys.path.insert(0, str(ROOT))
 
 from surg_perception.data.labels import CHOLEC80_PHASES  # noqa: E402
 from surg_perception.data.phantom import Phantom  # noqa: E402
+from surg_perception.gsvit import load_gsvit  # noqa: E402
 from surg_perception.gsvit.model_folder import round_matrices_to_fp16, save_model_folder  # noqa: E402
-from surg_perception.gsvit.network import IMAGE_SIZE, GSViT, GSViTConfig  # noqa: E402
-from surg_perception.models import LabelFacts  # noqa: E402
+from surg_perception.gsvit.network import IMAGE_SIZE, GSViT, GSViTConfig, frame_decoder  # noqa: E402
+from surg_perception.gsvit.trainer import Task, TrainSettings, fit  # noqa: E402
+from surg_perception.models import LabelFacts, ModelCard, read_card  # noqa: E402
+from surg_perception.runtime import open_backend  # noqa: E402
 
 CLASSES = len(CHOLEC80_PHASES)
 FRAME_SIZES = ((320, 240), (427, 240), (480, 270), (480, 360), (640, 360), (640, 480), (854, 480))
@@ -66,6 +73,28 @@ class Plan:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class ForecastPlan:
+    """All that decides the forecast decoder. Seeds: training from 4000, validation from 4900."""
+
+    gap_s: float = 1.0
+    train_procedures: int = 64
+    validation_procedures: int = 8
+    frames: int = 90
+    sizes: tuple[tuple[int, int], ...] = ((427, 240), (480, 270), (640, 360))
+    durations_s: tuple[float, float] = (60.0, 300.0)
+    decoder_width: int = 96
+    decoder_rank: int = 16
+    epochs: int = 6
+    batch: int = 32
+    peak_learning_rate: float = 3e-3
+    seed: int = 0
+
+
+QUICK_FORECAST = ForecastPlan(
+    train_procedures=2, validation_procedures=1, frames=9, sizes=((160, 120),), decoder_width=16, decoder_rank=4,
+    epochs=1, batch=8,
+)  # fmt: skip
 QUICK = Plan(train_procedures=2, calibration_procedures=1, test_procedures=1, frames=14, epochs=1, batch=14)
 
 
@@ -109,6 +138,43 @@ def phantom_sha256() -> str:
     for file in sorted((ROOT / "surg_perception" / "data").glob("phantom*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def render_run(task: tuple[int, ForecastPlan, Path]) -> Path:
+    """Write one procedure's pictures, one every gap_s, uint8 [n, 224, 224, 3] BGR, to a file; returns its path."""
+    seed, plan, file = task
+    if file.exists():
+        return file
+    rng = np.random.default_rng([seed, plan.frames])
+    width, height = plan.sizes[rng.integers(len(plan.sizes))]
+    duration_s = float(np.exp(rng.uniform(*np.log(plan.durations_s))))
+    phantom = Phantom(width, height, rate_hz=1.0 / plan.gap_s, seed=seed, duration_s=duration_s)
+    first = int(rng.integers(max(1, len(phantom) - plan.frames + 1)))
+    images = [
+        cv2.resize(phantom.frame(index)[0], (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LINEAR)
+        for index in range(first, min(first + plan.frames, len(phantom)))
+    ]
+    partial = file.with_suffix(f".{os.getpid()}.partial.npy")
+    np.save(partial, np.stack(images))
+    os.replace(partial, file)
+    return file
+
+
+def load_runs(
+    name: str, first_seed: int, procedures: int, plan: ForecastPlan, cache: Path, workers: int, progress: Progress
+) -> list[NDArray[np.uint8]]:
+    """Pictures of each procedure, gap_s apart, uint8 [n, 224, 224, 3]; rendered where not cached."""
+    settings = json.dumps([phantom_sha256(), plan.frames, plan.gap_s, plan.sizes, plan.durations_s])
+    folder = cache / "phantom_frames" / f"runs-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [(seed, plan, folder / f"{seed}.npy") for seed in range(first_seed, first_seed + procedures)]
+    bar = progress.add_task(f"frames for {name}", total=procedures)
+    runs = []
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for file in pool.map(render_run, tasks):
+            runs.append(np.load(file, mmap_mode="r"))
+            progress.advance(bar)
+    return runs
 
 
 def load_frames(
@@ -294,22 +360,11 @@ def figures(probabilities: NDArray[np.float32], phases: NDArray[np.int64]) -> di
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "models" / "gsvit_m0_phantom", help="model folder to write")
-    parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="where frames and progress are kept")
-    parser.add_argument("--epochs", type=int, help=f"default {Plan.epochs}")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of PyTorch; 1 is fastest on a busy machine"
-    )
-    parser.add_argument("--quick", action="store_true", help="a few frames and one epoch: tests the road only")
-    arguments = parser.parse_args()
+def train_phases(arguments: argparse.Namespace, console: Console) -> None:
+    """The first stage: encoder and head, measured, in a model folder."""
     plan = replace(QUICK if arguments.quick else Plan(), seed=arguments.seed)
     plan = replace(plan, epochs=arguments.epochs or plan.epochs)
-    torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console = Console()
     settings = json.dumps([phantom_sha256(), Path(__file__).read_text("utf-8"), asdict(plan)])
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     state_file = arguments.cache / "train_phantom_model" / f"{key}.pt"
@@ -368,11 +423,167 @@ def main() -> None:
         "on a patient: on real video its phases mean nothing. Not a medical device.",
         weight_storage="fp16",
     )
+    state_file.unlink()
+    console.print(f"{card.model_id} in {arguments.out}: {json.dumps(measured, indent=2)}")
+
+
+# ---- forecast ----------------------------------------------------------------------------------------------
+
+
+class ForecastTask(Task):
+    """Latents of the frozen encoder and the pictures one gap later.
+
+    Args:
+        runs: per procedure, pictures one gap apart, uint8 [n, 224, 224, 3].
+        latents: of the same pictures, float32 [n, D, 4, 4].
+        held_out: runs and latents of other procedures.
+    """
+
+    def __init__(
+        self,
+        decoder: torch.nn.Module,
+        runs: list[NDArray[np.uint8]],
+        latents: list[NDArray[np.float32]],
+        held_out: tuple[list[NDArray[np.uint8]], list[NDArray[np.float32]]],
+        identity: dict[str, Any],
+    ) -> None:
+        self.module = decoder
+        self._runs, self._latents, self._held_out, self._identity = runs, latents, held_out, identity
+        self._pairs = [(run, k) for run, pictures in enumerate(runs) for k in range(len(pictures) - 1)]
+        self.samples = len(self._pairs)
+
+    def identity(self) -> dict[str, Any]:
+        return self._identity
+
+    def batch(self, indices: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
+        pairs = [self._pairs[index] for index in indices]
+        return {
+            "latent": torch.from_numpy(np.stack([self._latents[run][k] for run, k in pairs])),
+            "target": torch.from_numpy(np.stack([self._runs[run][k + 1] for run, k in pairs])),
+        }
+
+    def loss(self, module: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        target = batch["target"].permute(0, 3, 1, 2).to(torch.float32) / 255.0
+        return F.l1_loss(module(batch["latent"]), target), {}
+
+    def end_of_epoch(self, epoch: int, module: torch.nn.Module, folder: Path) -> dict[str, float]:
+        return forecast_figures(module, *self._held_out)
+
+
+@torch.no_grad()
+def forecast_figures(
+    decoder: torch.nn.Module, runs: list[NDArray[np.uint8]], latents: list[NDArray[np.float32]]
+) -> dict[str, float]:
+    """Mean absolute error of the forecast, and of the picture before taken for it, pixel values in 0..1."""
+    device = next(decoder.parameters()).device
+    errors, copy_errors = [], []
+    for pictures, latent in zip(runs, latents, strict=True):
+        truth = to_network(np.array(pictures), device)  # a copy: the cache is read-only
+        forecast = torch.cat([decoder(part.to(device)) for part in torch.from_numpy(latent[:-1]).split(32)])
+        errors.append(float(F.l1_loss(forecast, truth[1:])))
+        copy_errors.append(float(F.l1_loss(truth[:-1], truth[1:])))
+    return {"mean_absolute_error": float(np.mean(errors)), "copy_error": float(np.mean(copy_errors))}
+
+
+def add_forecast(plan: ForecastPlan, folder: Path, cache: Path, threads: int, console: Console) -> ModelCard:
+    """Train a decoder on the folder's own encoder and write the folder again, encoder and head as they are."""
+    card = read_card(folder)
+    model = load_gsvit(folder)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress, open_backend(card, threads=threads) as encoder:
+        sets = []
+        for name, first, count in (
+            ("the forecast", 4000, plan.train_procedures),
+            ("its test", 4900, plan.validation_procedures),
+        ):
+            runs = load_runs(name, first, count, plan, cache, threads, progress)
+            bar = progress.add_task(f"latents for {name}", total=count)
+            latents = []
+            for pictures in runs:
+                latents.append(encoder.infer_batch(pictures)[1])
+                progress.advance(bar)
+            sets.append((runs, latents))
+    config = replace(model.config, decoder=True, decoder_width=plan.decoder_width, decoder_rank=plan.decoder_rank)
+    torch.manual_seed(plan.seed)
+    identity = {"plan": asdict(plan), "encoder": card.graph.sha256 if card.graph else "", "phantom": phantom_sha256()}
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    settings = TrainSettings(
+        epochs=plan.epochs,
+        batch=plan.batch,
+        learning_rate=plan.peak_learning_rate,
+        final_learning_rate=plan.peak_learning_rate * 1e-3,
+        schedule="one_cycle",
+        seed=plan.seed,
+        threads=threads,
+        checkpoint_every_steps=200,
+    )
+    state = cache / "train_phantom_model" / f"forecast-{key}"
+    task = ForecastTask(frame_decoder(config, model.latent_shape[0]), *sets[0], sets[1], identity)
+    model.decoder = fit(task, settings, state, console=console)  # type: ignore[assignment]
+    model.config = config
+    round_matrices_to_fp16(model)
+    assert model.decoder is not None
+    measured = {name: round(value, 4) for name, value in forecast_figures(model.decoder, *sets[1]).items()}
+    new_card = save_model_folder(
+        model,
+        folder,
+        name=card.name,
+        version=card.version,
+        labels=card.labels,
+        metrics={
+            **card.metrics,
+            "held_out_phantom_forecast": {
+                **measured,
+                "measured_on": f"{plan.validation_procedures} phantom procedures that were not trained on, one picture "
+                f"every {plan.gap_s:g} s; pixel values 0..1; copy_error: the picture before taken for the forecast",
+            },
+        },
+        training={
+            **card.training,
+            "forecast": {
+                "data": f"{plan.train_procedures} phantom procedures of {plan.durations_s[0]:g} to "
+                f"{plan.durations_s[1]:g} s, one picture every {plan.gap_s:g} s; encoder and head unchanged",
+                "seeds": {
+                    "training": [4000, 4000 + plan.train_procedures - 1],
+                    "test": [4900, 4900 + plan.validation_procedures - 1],
+                },
+                "settings": json.loads(json.dumps(asdict(plan))),
+            },
+        },
+        licence=card.licence,
+        intended_use=card.intended_use,
+        weight_storage="fp16",
+        procedure=card.procedure,
+        forecast_gap_s=plan.gap_s,
+    )
+    shutil.rmtree(state)
+    console.print(f"forecast in {folder}: {json.dumps(measured)}")
+    return new_card
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "models" / "gsvit_m0_phantom", help="model folder to write")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="where frames and progress are kept")
+    parser.add_argument("--epochs", type=int, help=f"default {Plan.epochs}")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of PyTorch; 1 is fastest on a busy machine"
+    )
+    parser.add_argument("--stage", choices=("all", "phase", "forecast"), default="all")
+    parser.add_argument("--quick", action="store_true", help="a few frames and one epoch: tests the road only")
+    arguments = parser.parse_args()
+    console = Console()
+    torch.set_num_threads(arguments.threads)
+    if arguments.stage != "forecast":
+        train_phases(arguments, console)
+    if arguments.stage != "phase":
+        plan = QUICK_FORECAST if arguments.quick else ForecastPlan()
+        add_forecast(replace(plan, seed=arguments.seed), arguments.out, arguments.cache, arguments.threads, console)
     size = sum(file.stat().st_size for file in arguments.out.iterdir())
     if size > MAX_BYTES:
         raise SystemExit(f"{arguments.out} holds {size} bytes; at most {MAX_BYTES} may ship")
-    state_file.unlink()
-    console.print(f"{card.model_id} in {arguments.out} ({size / 1e6:.1f} MB): {json.dumps(measured, indent=2)}")
+    console.print(f"{arguments.out} ({size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from surg_perception.gsvit.augment import noise_for, random_view, relight, warp
 from surg_perception.gsvit.model_folder import save_model_folder
 from surg_perception.gsvit.network import IMAGE_SIZE, LATENT_GRID, GSViT, GSViTConfig
 from surg_perception.gsvit.pretrain import model_licence
-from surg_perception.gsvit.trainer import Task, TrainSettings, fit
+from surg_perception.gsvit.trainer import Task, TrainSettings, fit, order_of_groups
 from surg_perception.models import LabelFacts, ModelCard
 
 TEACHERS = ("efficientnet-lite0", "efficientnet-lite2")
@@ -49,6 +49,7 @@ DEFAULTS = TrainSettings(
 )
 _VIEWS = 3  # the frame itself and two other views of it
 _COMPONENTS = 192
+_FRAMES_OF_A_VIDEO = 500  # in an epoch, at most
 
 Teacher = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
@@ -157,6 +158,9 @@ class DistilTask(Task):
 
     def identity(self) -> Mapping[str, Any]:
         return {"videos": [video.name for video in self.training], "size": self._size}
+
+    def order(self, epoch: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        return order_of_groups(self.index[:, 0], _FRAMES_OF_A_VIDEO, rng)
 
     def batch(self, indices: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
         images, targets = [], []

@@ -2,9 +2,8 @@
 """How good phase predictions are: strict, relaxed as the official script has it, and relaxed as it was meant.
 
 Published Cholec80 and M2CAI16 tables come from one MATLAB script (`Evaluate.m`, handed on with the code of
-SV-RCNet, TMRNet, Trans-SVNet and others; Twinanda et al., EndoNet, arXiv 1602.03012, and the M2CAI 2016
-challenge are its origin). Its rules are kept here to the letter, bug included; docs/evaluation.md spells them
-out. Funke et al., "Metrics Matter in Surgical Phase Recognition" (arXiv 2305.13961), found the bug.
+SV-RCNet, TMRNet and others). Its rules are kept here to the letter, bug included; docs/evaluation.md spells them
+out. Funke et al., "Metrics Matter in Surgical Phase Recognition" (arXiv 2305.13961), is about what such choices do.
 
 Notation, for one video: y the true phase of each sample, p the predicted one, d = p - y, and u = d after
 forgiving (u = d in the strict mode). For phase c: G = {y = c}, Q = {p = c}, tp = |{u = 0} in G or Q|.

@@ -65,16 +65,17 @@ def write_report(evaluation: Evaluation, out: str | Path) -> Path:
 
 
 def summary_table(evaluation: Evaluation) -> Table:
-    """The few figures that fit a terminal: mean ± standard deviation in percent."""
+    """The few figures that fit a terminal of 80 columns: mean ± standard deviation in percent."""
     metrics = evaluation.metrics
     table = Table(title=f"{evaluation.source}: {_scope(metrics)}, percent", title_justify="left", box=SIMPLE_HEAD)
     table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
     table.add_column("", no_wrap=True)
-    for name in COLUMNS:
+    columns = [name for name in COLUMNS if name != "f1"]
+    for name in columns:
         table.add_column(_heading(name), justify="right", no_wrap=True)
     for mode in MODES:
         if metrics[mode]:
-            table.add_row(MODE_NAMES[mode], *(_mean_std(metrics[mode][name]) for name in COLUMNS))
+            table.add_row(MODE_NAMES[mode], *(_mean_std(metrics[mode][name]) for name in columns))
     return table
 
 

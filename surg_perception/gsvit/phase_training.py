@@ -31,7 +31,7 @@ from surg_perception.gsvit.model_folder import round_matrices_to_fp16, save_mode
 from surg_perception.gsvit.network import GSViT, GSViTConfig, PhaseHead
 from surg_perception.gsvit.pretrain import model_licence, read_start
 from surg_perception.gsvit.temporal import LatentSequence, TemporalNetwork, TemporalSettings, train_temporal
-from surg_perception.gsvit.trainer import Task, TrainSettings, fit
+from surg_perception.gsvit.trainer import Task, TrainSettings, fit, order_of_groups
 from surg_perception.models import CARD_NAME, LabelFacts, ModelCard, ModelFile, read_card
 from surg_perception.stream.temporal_head import pool_latents
 
@@ -72,6 +72,8 @@ class PhaseOptions:
         class_weights: weigh classes by median frequency.
         label_smoothing: share of the truth spread over all phases.
         tools_weight: of the tool task in fine-tuning; 0 for none.
+        frames_of_a_video: at most this many frames of each video in an epoch, drawn anew each time; 0 for all. With
+            few videos, a long one would outweigh the others.
         views: augmented views of each frame for frozen training and for the temporal head.
         temporal: the temporal head's network and training; None for no temporal head. Its `features` are set here.
         validation: videos kept back, which calibrate the temperatures and are measured.
@@ -86,7 +88,8 @@ class PhaseOptions:
     class_weights: bool = False
     label_smoothing: float = 0.1
     tools_weight: float = 0.5
-    views: int = 3
+    frames_of_a_video: int = 500
+    views: int = 2
     temporal: TemporalSettings | None = None
     validation: tuple[str, ...] = ()
     temperatures: tuple[float, float] | None = None
@@ -199,11 +202,15 @@ class HeadTask(Task):
         ]
         self._phases = np.concatenate([e.video.phases[k] for e, k in zip(training, known, strict=True)])
         self.samples = len(self._phases)
+        self._groups = np.repeat(np.arange(len(known)), [int(one.sum()) for one in known])
         self._weights = class_weights(self._phases, model.config.classes) if options.class_weights else None
         self._names = [entry.video.name for entry in training]
 
     def identity(self) -> Mapping[str, Any]:
         return {"videos": self._names, **_identity(self.options)}
+
+    def order(self, epoch: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        return order_of_groups(self._groups, self.options.frames_of_a_video, rng)
 
     def batch(self, indices: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
         versions = rng.integers(len(self._latents), size=len(indices))
@@ -254,6 +261,9 @@ class EndToEndTask(Task):
 
     def identity(self) -> Mapping[str, Any]:
         return {"videos": [video.name for video in self.training], **_identity(self.options)}
+
+    def order(self, epoch: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        return order_of_groups(self._index[:, 0], self.options.frames_of_a_video, rng)
 
     def batch(self, indices: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
         chosen = self._index[indices]

@@ -154,6 +154,22 @@ class TrainSettings:
         return _cosine(first, last, (part - _WARM_UP_SHARE) / (1.0 - _WARM_UP_SHARE))
 
 
+def order_of_groups(groups: NDArray[np.int64], most: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """A random order of samples in which each group (a video) has at most `most` samples, drawn anew each time.
+
+    So that one long surgery does not outweigh the others.
+
+    Args:
+        groups: int64 [n], each sample's group.
+        most: samples of a group; 0 for no limit.
+    """
+    order = rng.permutation(len(groups))
+    if not most:
+        return order
+    kept = [order[groups[order] == group][:most] for group in np.unique(groups)]
+    return rng.permutation(np.concatenate(kept))
+
+
 # How a training is done, not what it gives: these may differ at a resume.
 _FREE_SETTINGS = ("threads", "loader_threads", "checkpoint_every_steps", "validate_every_steps")
 
