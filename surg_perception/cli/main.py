@@ -74,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="where pictures go (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
+    from surg_perception.cli import data, evaluate, train
+
+    data.add_parser(verbs)
+    train.add_parser(verbs)
+    evaluate.add_parser(verbs)
+
     models = verbs.add_parser("models", help="list, show, verify and import models")
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="the models found on this machine").set_defaults(run=_models_list)

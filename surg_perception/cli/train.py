@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from surg_perception.data.datasets import Dataset
     from surg_perception.gsvit.trainer import TrainSettings
+    from surg_perception.models import ModelCard
 
 _SETTINGS: tuple[tuple[str, type, str], ...] = (
     ("epochs", int, "passes over the training set"),
@@ -36,7 +40,9 @@ def add_parser(verbs: Any) -> None:
     """Add the verb `train` to the command line."""
     train = verbs.add_parser("train", help="train models; needs PyTorch")
     actions = train.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_distil(actions)
     _add_gsvit(actions)
+    _add_phase(actions)
 
 
 def default_cache() -> Path:
@@ -124,7 +130,6 @@ def _add_gsvit(actions: Any) -> None:
 def _gsvit(options: argparse.Namespace) -> int:
     from surg_perception.data.datasets import open_dataset
     from surg_perception.gsvit.pretrain import FINE_TUNING, PRE_TRAINING, PretrainOptions, pretrain
-    from surg_perception.gsvit.trainer import TrainingError
 
     settings = train_settings(options, FINE_TUNING if options.procedure else PRE_TRAINING)
     validation = None
@@ -143,8 +148,8 @@ def _gsvit(options: argparse.Namespace) -> int:
         augment=options.augment,
     )
     datasets = [open_dataset(path, rate_hz=options.rate_hz) for path in options.data]
-    try:
-        card = pretrain(
+    return _run(
+        lambda: pretrain(
             datasets,
             options.out,
             what,
@@ -156,9 +161,168 @@ def _gsvit(options: argparse.Namespace) -> int:
             forecast=options.forecast,
             resume=options.resume,
         )
+    )
+
+
+def _add_distil(actions: Any) -> None:
+    distil = actions.add_parser(
+        "distil",
+        help="start an encoder from the features of a network trained on ImageNet",
+        description="Teach a fresh encoder the features of EfficientNet-Lite with ImageNet weights, on frames without "
+        "labels: the start for pre-training and phase training where no GSViT weights are at hand.",
+    )
+    add_data_options(distil)
+    distil.add_argument("--size", choices=[f"m{i}" for i in range(6)], default="m0", help="default: %(default)s")
+    distil.add_argument("--teacher", default="efficientnet-lite2", help="or efficientnet-lite0 (default: %(default)s)")
+    distil.add_argument("--validation", default="", metavar="NAMES", help="videos held back and measured, by comma")
+    distil.add_argument("--name", help="of the model (default: the folder's)")
+    distil.add_argument("--licence", help="of the model (default: what the data demand)")
+    add_settings_options(distil)
+    distil.set_defaults(run=_distil)
+
+
+def _distil(options: argparse.Namespace) -> int:
+    from surg_perception.data.datasets import open_dataset
+    from surg_perception.gsvit.distil import DEFAULTS, distil
+
+    datasets = [open_dataset(path, rate_hz=options.rate_hz) for path in options.data]
+    return _run(
+        lambda: distil(
+            datasets,
+            options.out,
+            train_settings(options, DEFAULTS),
+            size=options.size,
+            teacher=options.teacher,
+            validation=_names(options.validation),
+            cache=options.cache,
+            name=options.name,
+            licence=options.licence,
+            resume=options.resume,
+        )
+    )
+
+
+def _add_phase(actions: Any) -> None:
+    phase = actions.add_parser(
+        "phase",
+        help="train a phase head, frozen or end to end, and a causal temporal head",
+        description="Train a phase head on GSViT's latents (arXiv 2403.05949), with the encoder or without, and a "
+        "causal temporal head (TeCNO, arXiv 2003.10751) that uses the whole history.",
+    )
+    add_data_options(phase)
+    phase.add_argument("--start", type=Path, metavar="WEIGHTS", help="model folder, GSViT.pkl or encoder safetensors")
+    phase.add_argument("--size", choices=[f"m{i}" for i in range(6)], help="default: the start's, else m5")
+    phase.add_argument("--frozen", action="store_true", help="train the head only, on cached latents (fast)")
+    phase.add_argument("--validation", default="", metavar="NAMES", help="videos held back, by comma; they calibrate")
+    phase.add_argument(
+        "--head-hidden", default="2048,512", metavar="WIDTHS", help="hidden layers of the head (default: %(default)s)"
+    )
+    phase.add_argument("--class-weights", action="store_true", help="weigh phases by median frequency")
+    phase.add_argument("--label-smoothing", type=float, default=0.1, help="default: %(default)s")
+    phase.add_argument(
+        "--tools-weight", type=float, default=0.5, help="of the tool task where there are labels (default: %(default)s)"
+    )
+    phase.add_argument(
+        "--frames-of-a-video", type=int, default=500, help="at most, in an epoch; 0 for all (default: %(default)s)"
+    )
+    phase.add_argument("--views", type=int, default=2, help="augmented views for cached latents (default: %(default)s)")
+    phase.add_argument(
+        "--temperatures", metavar="T,T", help="of frame and temporal head, where no video can be held back"
+    )
+    phase.add_argument(
+        "--temporal", action=argparse.BooleanOptionalAction, default=True, help="train a temporal head (default: yes)"
+    )
+    phase.add_argument(
+        "--step", type=float, metavar="S", help="seconds between its steps (default: 1 / rate, what the data have)"
+    )
+    phase.add_argument("--temporal-epochs", type=int, help="default: 80; 15 with --label-only")
+    phase.add_argument(
+        "--label-only", type=Path, metavar="DIR", help="Cholec80 label files of surgeries without images, for it"
+    )
+    phase.add_argument("--label-only-videos", metavar="A-B", help="only these numbers of them, such as 6-40")
+    phase.add_argument("--name", help="of the model (default: the folder's)")
+    phase.add_argument("--procedure", default="", help="that the model is for, such as Cholecystectomy")
+    phase.add_argument("--licence", help="of the model (default: what data and start weights demand)")
+    phase.add_argument("--weights", choices=("fp32", "fp16"), default="fp32", help="storage (default: %(default)s)")
+    add_settings_options(phase)
+    phase.set_defaults(run=_phase)
+
+
+def _phase(options: argparse.Namespace) -> int:
+    from surg_perception.data.datasets import open_dataset
+    from surg_perception.gsvit.phase_training import FINE_TUNED, FROZEN, PhaseOptions, train_phase_model
+    from surg_perception.gsvit.resequence import read_surgeries
+    from surg_perception.gsvit.temporal import TemporalConfig, TemporalSettings
+
+    datasets = [open_dataset(path, rate_hz=options.rate_hz) for path in options.data]
+    step_s = options.step or max(1.0 / options.rate_hz, *(_spacing_s(dataset) for dataset in datasets))
+    surgeries: tuple[Any, ...] = ()
+    if options.label_only is not None:
+        numbers = None
+        if options.label_only_videos:
+            first, _, last = options.label_only_videos.partition("-")
+            numbers = range(int(first), int(last or first) + 1)
+        surgeries = tuple(read_surgeries(options.label_only, step_s, datasets[0].phases, numbers))
+    temporal = None
+    if options.temporal:
+        config = TemporalConfig(features=1, classes=1, inputs="latent", step_s=step_s)
+        temporal = TemporalSettings(config, epochs=options.temporal_epochs or (15 if surgeries else 80))
+    temperatures = None
+    if options.temperatures:
+        single, history = (float(value) for value in options.temperatures.split(","))
+        temperatures = (single, history)
+    what = PhaseOptions(
+        start=options.start,
+        size=options.size,
+        frozen=options.frozen,
+        head_hidden=tuple(int(width) for width in options.head_hidden.split(",")),
+        class_weights=options.class_weights,
+        label_smoothing=options.label_smoothing,
+        tools_weight=options.tools_weight,
+        frames_of_a_video=options.frames_of_a_video,
+        views=options.views,
+        temporal=temporal,
+        surgeries=surgeries,
+        validation=_names(options.validation),
+        temperatures=temperatures,
+    )
+    return _run(
+        lambda: train_phase_model(
+            datasets,
+            options.out,
+            what,
+            train_settings(options, FROZEN if options.frozen else FINE_TUNED),
+            cache=options.cache,
+            name=options.name,
+            licence=options.licence,
+            weight_storage=options.weights,
+            procedure=options.procedure,
+            resume=options.resume,
+        )
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def _spacing_s(dataset: Dataset) -> float:
+    """Usual time between the frames of a data set, in seconds."""
+    import numpy as np
+
+    gaps = [np.diff(video.times_s) for video in dataset.videos if len(video.times_s) > 1]
+    return float(np.median(np.concatenate(gaps))) if gaps else 0.0
+
+
+def _run(training: Callable[[], ModelCard]) -> int:
+    """Run a training to its model folder; a training that fails is told in a sentence, with status 1."""
+    from surg_perception.gsvit.trainer import TrainingError
+
+    try:
+        card = training()
     except TrainingError as error:
         print(f"surg-perception: {error}", file=sys.stderr)
         return 1
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{card.model_id} is in {options.out}")
+        print(f"{card.model_id} is in {card.folder}")
     return 0

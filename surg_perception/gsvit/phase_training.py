@@ -30,6 +30,7 @@ from surg_perception.gsvit.calibration import best_temperature
 from surg_perception.gsvit.model_folder import round_matrices_to_fp16, save_model_folder
 from surg_perception.gsvit.network import GSViT, GSViTConfig, PhaseHead
 from surg_perception.gsvit.pretrain import model_licence, read_start
+from surg_perception.gsvit.resequence import LabelledSurgery, resequence
 from surg_perception.gsvit.temporal import LatentSequence, TemporalNetwork, TemporalSettings, train_temporal
 from surg_perception.gsvit.trainer import Task, TrainSettings, fit, order_of_groups
 from surg_perception.models import CARD_NAME, LabelFacts, ModelCard, ModelFile, read_card
@@ -75,7 +76,9 @@ class PhaseOptions:
         frames_of_a_video: at most this many frames of each video in an epoch, drawn anew each time; 0 for all. With
             few videos, a long one would outweigh the others.
         views: augmented views of each frame for frozen training and for the temporal head.
-        temporal: the temporal head's network and training; None for no temporal head. Its `features` are set here.
+        temporal: the temporal head's network and training; None for no temporal head. Its `features` and `classes`
+            are set here.
+        surgeries: labels of further surgeries, from which the temporal head learns too (`gsvit.resequence`).
         validation: videos kept back, which calibrate the temperatures and are measured.
         temperatures: of frame head and temporal head, measured elsewhere (as by leaving one video out); None to
             calibrate on `validation`, or to leave them at 1 where there is none.
@@ -91,6 +94,7 @@ class PhaseOptions:
     frames_of_a_video: int = 500
     views: int = 2
     temporal: TemporalSettings | None = None
+    surgeries: tuple[LabelledSurgery, ...] = ()
     validation: tuple[str, ...] = ()
     temperatures: tuple[float, float] | None = None
 
@@ -307,7 +311,7 @@ def _accuracy(pairs: Iterator[tuple[Tensor, NDArray[np.int64]]]) -> dict[str, fl
 
 
 def _identity(options: PhaseOptions) -> dict[str, Any]:
-    kept = asdict(replace(options, temporal=None, start=None, temperatures=None))
+    kept = asdict(replace(options, temporal=None, surgeries=(), start=None, temperatures=None))
     return {key: value for key, value in kept.items() if value is not None} | {"start": str(options.start)}
 
 
@@ -387,8 +391,9 @@ def train_phase(
     temporal = None
     if options.temporal is not None:
         config = replace(options.temporal.config, features=model.latent_shape[0], classes=classes)
+        donors = [sequence(model, entry) for entry in latents]
         temporal = train_temporal(
-            [sequence(model, entry) for entry in latents],
+            temporal_sequences(donors, [entry.video.tools for entry in latents], options.surgeries, options.temporal),
             replace(options.temporal, config=config),
             [sequence(model, entry) for entry in held_back],
             console,
@@ -428,6 +433,23 @@ def sequence(model: GSViT, entry: VideoLatents) -> LatentSequence:
         versions=[pool_latents(view) for view in entry.views],
         version_probabilities=[probabilities(view) for view in entry.views],
     )
+
+
+def temporal_sequences(
+    donors: Sequence[LatentSequence],
+    tools: Sequence[NDArray[np.float32]],
+    surgeries: Sequence[LabelledSurgery],
+    settings: TemporalSettings,
+) -> list[LatentSequence]:
+    """What the temporal head learns from in an epoch: the training videos, and surgeries filled with their latents.
+
+    Beside surgeries, each training video comes three times, so that real sequences keep their weight.
+    """
+    if not surgeries:
+        return list(donors)
+    rng = np.random.default_rng(settings.seed)
+    seen = [one.astype(np.int8) for one in tools]
+    return [*donors, *donors, *donors, *resequence(donors, seen, surgeries, settings.config.step_s, rng)]
 
 
 def _start(options: PhaseOptions, seed: int) -> tuple[GSViT, dict[str, Any]]:
@@ -495,6 +517,7 @@ def train_phase_model(
             "options": _identity(options),
             "settings": asdict(settings),
             "temporal": None if options.temporal is None else asdict(options.temporal),
+            "label_only_surgeries": [surgery.name for surgery in options.surgeries],
         },
         licence=licence or model_licence(datasets, options.start),
         intended_use="Research. Surgical phase of single frames and, with the temporal head, of the whole history. "
