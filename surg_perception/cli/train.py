@@ -114,6 +114,9 @@ def _add_gsvit(actions: Any) -> None:
     )
     gsvit.add_argument("--mirror", action="store_true", help="mirror half of the pairs")
     gsvit.add_argument("--augment", action="store_true", help="the same other view, camera and light for both frames")
+    gsvit.add_argument(
+        "--freeze-encoder", action="store_true", help="train the decoder alone: adds a forecast to the model --start"
+    )
     gsvit.add_argument("--name", help="of the model (default: GSViT-<Procedure>, or the folder's)")
     gsvit.add_argument("--licence", help="of the model (default: what data and start weights demand)")
     gsvit.add_argument("--weights", choices=("fp32", "fp16"), default="fp32", help="storage (default: %(default)s)")
@@ -146,6 +149,7 @@ def _gsvit(options: argparse.Namespace) -> int:
         validation=validation,
         mirror=options.mirror,
         augment=options.augment,
+        freeze_encoder=options.freeze_encoder,
     )
     datasets = [open_dataset(path, rate_hz=options.rate_hz) for path in options.data]
     return _run(

@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from surg_perception.data.labels import PROCEDURES
 from surg_perception.gsvit.augment import noise_for, random_view, relight, warp
 from surg_perception.gsvit.checkpoint import CheckpointError, build_gsvit, load_gsvit, read_tensors, released_name
-from surg_perception.gsvit.model_folder import round_matrices_to_fp16, save_model_folder
+from surg_perception.gsvit.model_folder import load_model_folder, round_matrices_to_fp16, save_model_folder
 from surg_perception.gsvit.network import IMAGE_SIZE, GSViT, GSViTConfig
+from surg_perception.gsvit.temporal import load_temporal
 from surg_perception.gsvit.trainer import STATE_NAME, Task, TrainSettings, fit
 from surg_perception.models import CARD_NAME, LabelFacts, ModelCard, ModelFile, read_card
 from surg_perception.procedures import procedure_name
@@ -80,6 +81,7 @@ class PretrainOptions:
     pictures: int = 4
     mirror: bool = False
     augment: bool = False
+    freeze_encoder: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.gap_s < float("inf"):
@@ -89,6 +91,8 @@ class PretrainOptions:
                 f"{self.validation_pairs} validation pairs and {self.pictures} pictures found, "
                 "expected at least 1 and 0"
             )
+        if self.freeze_encoder and (self.start is None or not (self.start / CARD_NAME).is_file()):
+            raise ValueError(f"a frozen encoder needs a model folder to come from, found {self.start} as the start")
 
 
 # ---- pairs -------------------------------------------------------------------------------------------------
@@ -152,12 +156,22 @@ class NextFrameNetwork(nn.Module):
     """Encoder and decoder in one pass. BGR [B, 3, 224, 224] in 0..1 to the BGR frame expected `gap_s` later.
 
     Where the decoder predicts the change, the change is added to the frame and nothing is clamped, so that L1 to
-    the target is L1 between predicted and true change.
+    the target is L1 between predicted and true change. A frozen encoder keeps its batch-norm statistics as well.
     """
 
-    def __init__(self, model: GSViT) -> None:
+    def __init__(self, model: GSViT, freeze_encoder: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.freeze_encoder = freeze_encoder
+        if freeze_encoder:
+            model.encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> NextFrameNetwork:
+        """As of `torch.nn.Module`; a frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.model.encoder.eval()
+        return self
 
     def forward(self, bgr: Tensor) -> Tensor:
         assert self.model.decoder is not None
@@ -253,7 +267,7 @@ class NextFrameTask(Task):
         options: PretrainOptions,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        self.module = NextFrameNetwork(model)
+        self.module = NextFrameNetwork(model, options.freeze_encoder)
         self.training, self.validation, self.options = list(training), list(validation), options
         self.samples = sum(len(clip.pairs) for clip in training)
         self._index = _pair_index(self.training)
@@ -447,6 +461,9 @@ def pretrain(
     trained = fit(task, settings, out / "training", resume=resume, console=console)
     assert isinstance(trained, NextFrameNetwork)
     if process.is_main_process:
+        if options.freeze_encoder:
+            assert options.start is not None
+            weight_storage = _storage(read_card(options.start))
         if weight_storage == "fp16":
             round_matrices_to_fp16(trained.model)
         metrics = {}
@@ -455,6 +472,9 @@ def pretrain(
                 "measured_on": f"{len(task.measured)} evenly spaced pairs of the held-back videos "
                 f"{', '.join(clip.name for clip in validation)}; 'copy' is the input repeated as the prediction"
             }
+        if options.freeze_encoder:
+            assert options.start is not None
+            return _save_with_forecast(trained.model, options, out, name, metrics, facts, weight_storage)
         save_model_folder(
             trained.model,
             out,
@@ -567,6 +587,7 @@ def _facts(
         "procedures": sorted({video.procedure for video in split[0] if video.procedure}),
         "mirror": options.mirror,
         "augment": options.augment,
+        "freeze_encoder": options.freeze_encoder,
         "network": {
             "size": model.config.size,
             "decoder_width": model.config.decoder_width,
@@ -575,6 +596,43 @@ def _facts(
         },
         **start,
     }
+
+
+def _storage(card: ModelCard) -> str:
+    """How a model folder stores its matrices."""
+    half = any(value.dtype == torch.float16 for value in read_tensors(card.weights_path).values())
+    return "fp16" if half else "fp32"
+
+
+def _save_with_forecast(
+    model: GSViT,
+    options: PretrainOptions,
+    out: Path,
+    name: str | None,
+    metrics: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    weight_storage: str,
+) -> ModelCard:
+    """The start's model folder again, with the decoder of `model`."""
+    assert options.start is not None
+    start, base = read_card(options.start), load_model_folder(options.start)
+    model.head = base.head
+    model.config = replace(model.config, classes=base.config.classes, head_hidden=base.config.head_hidden)
+    return save_model_folder(
+        model.eval().requires_grad_(False),
+        out,
+        name=name or out.resolve().name,
+        version=start.version,
+        labels=start.labels,
+        metrics=start.metrics | dict(metrics),
+        training=start.training | {"forecast": dict(facts)},
+        licence=start.licence,
+        intended_use=start.intended_use,
+        weight_storage=weight_storage,
+        procedure=start.procedure,
+        temporal=load_temporal(start.temporal_path) if start.temporal is not None else None,
+        forecast_gap_s=options.gap_s,
+    )
 
 
 def model_licence(datasets: Sequence[Dataset], start: Path | None) -> str:
