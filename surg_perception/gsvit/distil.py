@@ -254,8 +254,12 @@ def distil(
     """
     console = console or Console()
     videos = [video for dataset in datasets for video in dataset.videos]
-    if not any(video.name not in validation for video in videos):
-        raise ValueError(f"{len(videos)} videos found, {len(validation)} of them kept back; expected some to train on")
+    names = [video.name for video in videos]
+    if set(validation) - set(names) or not set(names) - set(validation):
+        raise ValueError(
+            f"videos {', '.join(names)} found; expected among them those to keep back, {', '.join(validation)}, and at "
+            "least one other to train on"
+        )
     entries = [teacher_features(video, teacher, cache, console) for video in videos]
     training = [entry for entry in entries if entry.name not in validation]
     torch.manual_seed(settings.seed)
