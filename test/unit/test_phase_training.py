@@ -38,6 +38,7 @@ from surg_perception.gsvit.pretrain import PretrainOptions, pretrain
 from surg_perception.gsvit.resequence import LabelledSurgery, read_surgeries, resequence
 from surg_perception.gsvit.temporal import LatentSequence, TemporalConfig, TemporalSettings
 from surg_perception.gsvit.trainer import TrainSettings, order_of_groups
+from surg_perception.models import read_card
 from surg_perception.stream.temporal_head import TemporalHead
 
 PHANTOM = "phantom:seeds=50-52,duration_s=60,width=160,height=120"
@@ -112,17 +113,24 @@ def fake_teacher(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.ascontiguousarray(np.moveaxis(cells, 2, 3).reshape(len(images), 4, 4, 6).transpose(0, 3, 1, 2))
 
 
-def test_a_student_learns_the_teachers_features_of_a_video_it_has_not_seen(
-    data: Dataset, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distillation, "open_teacher", lambda name: fake_teacher)
+@pytest.fixture(scope="module")
+def student(data: Dataset, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder distilled from `fake_teacher`."""
+    folder = tmp_path_factory.mktemp("student") / "student"
     settings = TrainSettings(
-        epochs=8, batch=8, learning_rate=2e-3, final_learning_rate=1e-4, ema_half_life_steps=5.0, threads=1
+        epochs=6, batch=8, learning_rate=2e-3, final_learning_rate=1e-4, ema_half_life_steps=5.0, threads=1
     )
-    card = distil([data], tmp_path / "student", settings, teacher="fake", validation=["phantom-52"], cache=cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distillation, "open_teacher", lambda name: fake_teacher)
+        distil([data], folder, settings, teacher="fake", validation=["phantom-52"], cache=cache)
+    return folder
+
+
+def test_a_student_learns_the_teachers_features_of_a_video_it_has_not_seen(student: Path) -> None:
+    card = read_card(student)
     assert card.metrics["explained_variance"] > 0.2
     assert card.training["videos"] == ["phantom-50", "phantom-51"]
-    assert load_gsvit(tmp_path / "student").head is None
+    assert load_gsvit(student).head is None
 
 
 def test_the_target_is_mirrored_with_the_picture() -> None:
@@ -179,14 +187,14 @@ def coloured_videos(count: int) -> list[LabelledVideo]:
     return made
 
 
-def test_a_head_on_a_frozen_encoder_learns_and_the_encoder_stays(encoder: Path, tmp_path: Path) -> None:
+def test_a_head_on_a_frozen_encoder_learns_and_the_encoder_stays(student: Path, tmp_path: Path) -> None:
     made = coloured_videos(3)
     options = PhaseOptions(
-        start=encoder, frozen=True, head_hidden=(32,), validation=("v2",), views=0, label_smoothing=0.0
+        start=student, frozen=True, head_hidden=(32,), validation=("v2",), views=0, label_smoothing=0.0
     )
     settings = replace(FROZEN, epochs=30, batch=16, learning_rate=3e-3, ema_half_life_steps=5.0, threads=1)
     trained = train_phase(made, 3, options, settings, tmp_path)
-    for name, value in load_gsvit(encoder).encoder.state_dict().items():
+    for name, value in load_gsvit(student).encoder.state_dict().items():
         assert torch.equal(value, trained.model.encoder.state_dict()[name]), name
     (held_out,) = trained.validation
     assert held_out.video.name == "v2"
