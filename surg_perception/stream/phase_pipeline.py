@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from surg_perception.stream.image_decode import MAX_PIXELS, Bgr, decode_to_model_input, resize_to_model_input
 from surg_perception.stream.stage_clock import FrameTimes
 from surg_perception.stream.temporal_filter import FilterSettings, TemporalFilter
+from surg_perception.stream.temporal_head import TemporalHead
 
 _INPUT_SIZE = 224
 _NONE = np.empty(0, np.float32)
@@ -55,7 +56,7 @@ class PhaseSettings:
     """Checked when made: ValueError names the setting, what was found and what is allowed.
 
     Attributes:
-        filter: of the probabilities over time.
+        filter: of the probabilities over time. With a temporal head its `time_constant_s` has no effect.
         uncertain_below: below this smoothed probability (0 to 1) the state is UNCERTAIN.
         max_age_s: an image older than this is STALE.
         max_pixels: a larger image is refused (ImageError "too_large").
@@ -86,9 +87,12 @@ class PhaseResult:
         raw_phase_id: class of this frame alone; -1 where there is none.
         confidence: smoothed probability of `phase_id`, 0 where there is none.
         probabilities: of this frame alone, float32 [C]; empty where there are none.
-        smoothed: probabilities after the filter, float32 [C]; empty where there are none.
+        smoothed: probabilities over time, float32 [C]; empty where there are none. From the temporal head where
+            there is one, otherwise from the filter's exponential smoothing.
         latent: float32 [D, 4, 4]; None for a blank picture, which the model does not see.
-        stages_ms: decode, inference, filter.
+        stages_ms: decode, inference, filter (with the temporal head).
+        frame: what the model saw, or would have seen, uint8 [224, 224, 3] BGR.
+        decided_by: what `smoothed` and `phase_id` rest on, "temporal_head" or "filter"; "" where there is none.
     """
 
     state: PhaseState
@@ -101,6 +105,8 @@ class PhaseResult:
     smoothed: NDArray[np.float32]
     latent: NDArray[np.float32] | None
     stages_ms: Mapping[str, float]
+    frame: Bgr
+    decided_by: str
 
 
 def is_blank(frame_bgr: Bgr) -> bool:
@@ -123,27 +129,48 @@ class PhasePipeline:
 
     States: NO_SIGNAL is for a blank picture here (the tower sends blue or black when the camera is unplugged
     or dark), and for no pictures at all in the node, which is the one to notice that. A blank picture does
-    not touch the temporal filter. OUT_OF_BODY is left to a model that knows it, FAULT to the node that
-    catches what process() raises. `backend` may be replaced between frames.
+    not touch the temporal filter, nor the temporal head. OUT_OF_BODY is left to a model that knows it, FAULT to
+    the node that catches what process() raises. `backend` may be replaced between frames.
+
+    With a `temporal` head, its probabilities are the smoothed ones, and the filter's exponential smoothing is
+    left out: the head has seen the history, so an average over the last second would only delay it. The
+    filter's margin and hold stay: between two steps of the head every frame is judged anew, and near a change
+    of phase its answers may flicker at the frame rate, which who acts on a phase must not see.
+
+    Raises ValueError where the temporal head's classes are not as many as the labels.
     """
 
-    def __init__(self, backend: PhaseBackend, labels: Sequence[str], settings: PhaseSettings | None = None) -> None:
+    def __init__(
+        self,
+        backend: PhaseBackend,
+        labels: Sequence[str],
+        settings: PhaseSettings | None = None,
+        temporal: TemporalHead | None = None,
+    ) -> None:
         self.labels = tuple(labels)
+        if temporal is not None and temporal.config.classes != len(self.labels):
+            raise ValueError(
+                f"the temporal head has {temporal.config.classes} classes, but the model has {len(self.labels)} "
+                "phases; use a temporal head that was trained for this model"
+            )
         self.settings = settings or PhaseSettings()
         self.backend = backend
+        self.temporal = temporal
         self._filter = TemporalFilter(len(self.labels), self.settings.filter) if self.labels else None
 
     def reset(self) -> None:
         """Forget the past, as for a new procedure."""
         if self._filter:
             self._filter.reset()
+        if self.temporal:
+            self.temporal.reset()
 
     def process(self, msg: Any, stamp_ns: int, age_s: float | None = None) -> PhaseResult:
         """Result for one Image or CompressedImage message (by duck typing).
 
         `stamp_ns` is the image's stamp in nanoseconds; `age_s` how old it is now, None where that means
         nothing (replay). Raises ImageError for an unusable image and ModelOutputError for a broken model;
-        the filter is untouched by either, and the next good frame works.
+        filter and temporal head are untouched by either, and the next good frame works.
         """
         times = FrameTimes()
         frame = decode_to_model_input(msg, _INPUT_SIZE, max_pixels=self.settings.max_pixels)
@@ -162,10 +189,17 @@ class PhasePipeline:
         probabilities, latent = (_NONE, None) if blank else self._infer(frame)
         times.lap("inference")
 
-        phase_id, raw_phase_id, phase, confidence, smoothed = -1, -1, "", 0.0, _NONE
+        phase_id, raw_phase_id, phase, confidence, smoothed, decided_by = -1, -1, "", 0.0, _NONE, ""
         if self._filter and probabilities.size:
-            self._filter.settings = settings.filter
-            phase_id, confidence, smoothed = self._filter.update(probabilities, stamp_ns * 1e-9)
+            stamp_s = stamp_ns * 1e-9
+            if self.temporal is None:
+                decided_by, self._filter.settings = "filter", settings.filter
+                phase_id, confidence, smoothed = self._filter.update(probabilities, stamp_s)
+            else:
+                decided_by, self._filter.settings = "temporal_head", replace(settings.filter, time_constant_s=0.0)
+                smoothed = self._judge(self.temporal, probabilities, latent, stamp_s)
+                phase_id = self._filter.update(smoothed, stamp_s).phase_id
+                confidence = float(smoothed[phase_id])
             raw_phase_id, phase = int(probabilities.argmax()), self.labels[phase_id]
         times.lap("filter")
 
@@ -190,7 +224,18 @@ class PhasePipeline:
             smoothed=smoothed,
             latent=latent,
             stages_ms=times.times_ms,
+            frame=frame,
+            decided_by=decided_by,
         )
+
+    @staticmethod
+    def _judge(
+        temporal: TemporalHead, probabilities: NDArray[np.float32], latent: NDArray[np.float32] | None, stamp_s: float
+    ) -> NDArray[np.float32]:
+        try:
+            return temporal.step(latent, probabilities, stamp_s)
+        except ValueError as error:
+            raise ModelOutputError(str(error)) from error
 
     def _infer(self, frame: Bgr) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         probabilities, latent = self.backend.infer(frame)

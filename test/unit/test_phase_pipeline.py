@@ -21,6 +21,7 @@ from surg_perception.stream.phase_pipeline import (
 )
 from surg_perception.stream.stage_clock import FrameTimes, StageClock
 from surg_perception.stream.temporal_filter import FilterSettings
+from surg_perception.stream.temporal_head import TemporalConfig, TemporalHead
 
 UNFILTERED = FilterSettings(time_constant_s=0.0, switch_margin=0.0, hold_s=0.0)
 S = 1_000_000_000
@@ -187,6 +188,105 @@ def test_blank_screens_among_real_frames(shared_data):
     assert count == 160
     assert found == black_and_blue
     assert blanks("cholec80/frames/*/*.jpg") == ([], 3570)
+
+
+# With a temporal head -------------------------------------------------------------------------------------------
+
+
+def temporal_head(classes=7, features=192):
+    """Random weights, large enough for an opinion of its own."""
+    config = TemporalConfig(features, classes, "latent+probabilities", stages=2, layers=3, channels=8)
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(0, 1.5 / np.sqrt(max(s[-1:] or (1,))), s) for name, s in config.tensor_shapes().items()}
+    tensors["std"] = np.ones(config.input_width)
+    tensors["temperature"] = np.array(1.0)
+    return TemporalHead(config, tensors)
+
+
+def with_head(head=None, **settings):
+    settings.setdefault("filter", UNFILTERED)
+    return PhasePipeline(MeanColourBackend(), CHOLEC80_PHASES, PhaseSettings(**settings), head or temporal_head())
+
+
+def test_the_temporal_head_takes_the_place_of_the_smoothing():
+    one, head = with_head(filter=FilterSettings(time_constant_s=100.0, switch_margin=0.0, hold_s=0.0)), temporal_head()
+    for k, phase in enumerate([1, 1, 4, 4, 2, 2, 5, 0]):
+        result = one.process(message(scene(phase, seed=k)), k * S // 2)
+        expected = head.step(result.latent, result.probabilities, k / 2)
+        assert result.smoothed.tobytes() == expected.tobytes()
+        assert result.phase_id == int(expected.argmax())
+        assert result.confidence == pytest.approx(float(expected.max()))
+        assert result.raw_phase_id == int(result.probabilities.argmax()) == phase
+        assert result.decided_by == "temporal_head"
+        assert list(result.stages_ms) == ["decode", "inference", "filter"]
+    assert one.temporal.steps == head.steps == 4
+
+
+def test_without_a_temporal_head_the_filter_decides():
+    assert pipeline().process(message(scene(2)), 0).decided_by == "filter"
+    assert pipeline(labels=()).process(message(scene(2)), 0).decided_by == ""
+    assert with_head().process(message(np.zeros((48, 64, 3), np.uint8)), 0).decided_by == ""
+
+
+class Scripted:
+    """A temporal head that says what it is told to."""
+
+    config = TemporalConfig(192, 7)
+
+    def __init__(self, phases):
+        self.answers = iter([np.eye(7, dtype=np.float32)[phase] * 0.7 + np.float32(0.3 / 7) for phase in phases])
+
+    def step(self, latent, probabilities, time_s):
+        return next(self.answers)
+
+
+def test_margin_and_hold_still_act_on_the_temporal_head_and_its_probabilities_stay():
+    phases = [1, 2, 1, 2, 1, 2, 2, 2, 2, 2, 2]
+    hold = FilterSettings(time_constant_s=5.0, switch_margin=0.1, hold_s=0.3)
+    one = with_head(Scripted(phases), filter=hold)
+    results = [one.process(message(scene(3)), k * S // 10) for k in range(len(phases))]
+    assert [int(result.smoothed.argmax()) for result in results] == phases
+    assert [result.phase_id for result in results] == [1] * 8 + [2] * 3
+    assert results[7].confidence == pytest.approx(0.3 / 7, abs=1e-6)
+    assert results[7].state is PhaseState.UNCERTAIN
+    assert results[8].confidence == pytest.approx(0.7 + 0.3 / 7, abs=1e-6)
+
+
+def test_blank_pictures_and_bad_frames_do_not_touch_the_temporal_head():
+    disturbed, calm = with_head(), with_head()
+    for one in (disturbed, calm):
+        for k in range(5):
+            one.process(message(scene(k)), k * S)
+    disturbed.process(message(np.zeros((48, 64, 3), np.uint8)), 90 * S)
+    for bad in bad_messages():
+        with pytest.raises(ImageError):
+            disturbed.process(bad, 1000 * S)
+    good = disturbed.backend
+    disturbed.backend = SimpleNamespace(infer=lambda frame: (np.full(7, 1 / 7, "f"), np.full((192, 4, 4), np.nan, "f")))
+    with pytest.raises(ModelOutputError, match="latent is not finite"):
+        disturbed.process(message(scene(2)), 1000 * S)
+    disturbed.backend = good
+    results = [one.process(message(scene(4)), 5 * S) for one in (disturbed, calm)]
+    assert results[0].smoothed.tobytes() == results[1].smoothed.tobytes()
+    assert disturbed.temporal.resets == {"gap": 0, "seek": 0}
+
+
+def test_reset_forgets_the_temporal_head_too():
+    one, fresh = with_head(), with_head()
+    for k in range(5):
+        one.process(message(scene(k)), k * S)
+    kept = one.process(message(scene(1)), 5 * S)
+    one.reset()
+    result = one.process(message(scene(1)), 6 * S)
+    assert result.smoothed.tobytes() == fresh.process(message(scene(1)), 6 * S).smoothed.tobytes()
+    assert result.smoothed.tobytes() != kept.smoothed.tobytes()
+
+
+def test_a_temporal_head_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="5 classes, but the model has 7 phases"):
+        with_head(temporal_head(classes=5))
+    with pytest.raises(ModelOutputError, match=r"192 features.*takes 384 features"):
+        with_head(temporal_head(features=384)).process(message(scene(1)), 0)
 
 
 def bad_messages():
