@@ -3,7 +3,8 @@
 
 .venv/bin/python scripts/leave_one_out.py DATA --clips CLIPS --out DIR
 
-Resumable; hours on two cores.
+Resumable; an hour or two on two cores. At the end, and with --report alone, it prints the table of what is there as
+Markdown and writes DIR/summary.json.
 
 DATA is a data set with phases (Cholec80, or its frames), CLIPS a folder of videos without labels. For each video of
 DATA, everything is trained without it: distillation of the encoder, next-frame pre-training, phase head, temporal
@@ -30,6 +31,7 @@ from rich.console import Console
 from surg_perception.data.datasets import open_dataset
 from surg_perception.gsvit.distil import DEFAULTS as DISTILLATION
 from surg_perception.gsvit.distil import distil
+from surg_perception.gsvit.phase_metrics import VideoPhases, evaluate
 from surg_perception.gsvit.phase_training import (
     FINE_TUNED,
     FROZEN,
@@ -255,6 +257,50 @@ class Fold:
         self.console.print(f"{self.held_out}, {name}: {json.dumps(accuracies)}")
 
 
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+def rows(out: Path, names: Sequence[str]) -> dict[str, dict[str, NDArray[Any]]]:
+    """Predictions by row of the table and video, int64 [n]; rows that lack a video are left out."""
+    found: dict[str, dict[str, NDArray[Any]]] = {}
+    variants = [name for v in VARIANTS for name in (v.name, f"{v.name} + label files")]
+    for entry in (*BASELINES, *variants):
+        for name in names:
+            file = out / name / f"{entry}.npz"
+            if file.exists():
+                with np.load(file) as content:
+                    for key in ("phases", "single", "temporal"):
+                        if key in content:
+                            value = content[key]
+                            row = {"phases": entry, "single": f"{entry}, single frames"}.get(
+                                key, f"{entry}, temporal head"
+                            )
+                            found.setdefault(row, {})[name] = value if value.ndim == 1 else value.argmax(1)
+    return {row: videos for row, videos in found.items() if len(videos) == len(names)}
+
+
+def report(out: Path, videos: Sequence[LabelledVideo], phases: Sequence[str]) -> str:
+    """The table as Markdown; all figures go to summary.json."""
+    summary = {}
+    names = [video.name for video in videos]
+    lines = [
+        f"| | {' | '.join(names)} | accuracy | Jaccard | edit | F1@50 |",
+        "|---|" + "---|" * (len(names) + 4),
+    ]
+    for row, predictions in rows(out, names).items():
+        scored = [VideoPhases(v.name, v.times_s, v.phases, predictions[v.name].astype(np.int64)) for v in videos]
+        metrics = summary[row] = evaluate(scored, phases, "cholec80")
+        accuracies = [metrics["per_video"][name]["accuracy_strict"] for name in names]
+        mean, segmental = metrics["strict"]["accuracy"], metrics["segmental"]
+        lines.append(
+            f"| {row} | {' | '.join(f'{value:.1f}' for value in accuracies)} | {mean['mean']:.1f} ± {mean['std']:.1f} | "
+            f"{metrics['strict']['jaccard']['mean']:.1f} | {segmental['edit']['mean']:.1f} | "
+            f"{segmental['f1@50']['mean']:.1f} |"
+        )
+    (out / "summary.json").write_text(json.dumps(summary, indent=1), "utf-8")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="data set with phases")
@@ -264,24 +310,28 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache/frames"), help="for resized frames")
     parser.add_argument("--folds", nargs="+", metavar="VIDEO", help="videos to hold out (default: each)")
     parser.add_argument("--variants", nargs="*", type=int, metavar="N", help=f"of {[v.name for v in VARIANTS]}, from 0")
+    parser.add_argument("--report", action="store_true", help="train nothing, print the table of what is there")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     dataset = open_dataset(arguments.data)
     videos = open_videos([dataset], arguments.cache)
-    for number in arguments.variants if arguments.variants is not None else range(len(VARIANTS)):
-        for held_out in arguments.folds or [video.name for video in videos]:
-            Fold(arguments, videos, held_out, len(dataset.phases)).variant(VARIANTS[number])
-    surgeries: list[LabelledSurgery] = []
-    if arguments.surgeries:
-        surgeries = read_surgeries(arguments.surgeries, STEP_S, dataset.phases, LABEL_FILES)
-    for number in arguments.variants if arguments.variants is not None else range(len(VARIANTS)):
-        for held_out in arguments.folds or [video.name for video in videos]:
-            if surgeries:
-                Fold(arguments, videos, held_out, len(dataset.phases)).label_files(VARIANTS[number], surgeries)
-    for held_out in arguments.folds or [video.name for video in videos]:
-        for name in BASELINES:
-            Fold(arguments, videos, held_out, len(dataset.phases)).baseline(name)
+    if not arguments.report:
+        held_out = arguments.folds or [video.name for video in videos]
+        folds = [Fold(arguments, videos, name, len(dataset.phases)) for name in held_out]
+        chosen = [VARIANTS[i] for i in (range(len(VARIANTS)) if arguments.variants is None else arguments.variants)]
+        surgeries: list[LabelledSurgery] = []
+        if arguments.surgeries:
+            surgeries = read_surgeries(arguments.surgeries, STEP_S, dataset.phases, LABEL_FILES)
+        for fold in folds:
+            for name in BASELINES:
+                fold.baseline(name)
+        for variant in chosen:
+            for fold in folds:
+                fold.variant(variant)
+                if surgeries:
+                    fold.label_files(variant, surgeries)
+    print(report(arguments.out, videos, dataset.phases))
 
 
 if __name__ == "__main__":
