@@ -54,7 +54,7 @@ HEAD_HIDDEN = (128,)
 LABEL_FILES = range(6, 41)  # the rest of the training half of Cholec80's usual split
 LABEL_FILE_EPOCHS = 15
 NEXT_FRAME = TrainSettings(
-    epochs=3, batch=32, learning_rate=5e-4, final_learning_rate=1e-5, gradient_clip=1.0, channels_last=True
+    epochs=2, batch=32, learning_rate=5e-4, final_learning_rate=1e-5, gradient_clip=1.0, channels_last=True
 )
 DECODER_WIDTH = DECODER_RANK = 128  # the release's decoder is beyond a CPU
 
@@ -292,8 +292,9 @@ def report(out: Path, videos: Sequence[LabelledVideo], phases: Sequence[str]) ->
         metrics = summary[row] = evaluate(scored, phases, "cholec80")
         accuracies = [metrics["per_video"][name]["accuracy_strict"] for name in names]
         mean, segmental = metrics["strict"]["accuracy"], metrics["segmental"]
+        by_video = " | ".join(f"{value:.1f}" for value in accuracies)
         lines.append(
-            f"| {row} | {' | '.join(f'{value:.1f}' for value in accuracies)} | {mean['mean']:.1f} ± {mean['std']:.1f} | "
+            f"| {row} | {by_video} | {mean['mean']:.1f} ± {mean['std']:.1f} | "
             f"{metrics['strict']['jaccard']['mean']:.1f} | {segmental['edit']['mean']:.1f} | "
             f"{segmental['f1@50']['mean']:.1f} |"
         )
@@ -319,14 +320,14 @@ def main() -> None:
     if not arguments.report:
         held_out = arguments.folds or [video.name for video in videos]
         folds = [Fold(arguments, videos, name, len(dataset.phases)) for name in held_out]
-        chosen = [VARIANTS[i] for i in (range(len(VARIANTS)) if arguments.variants is None else arguments.variants)]
+        numbers = range(len(VARIANTS)) if arguments.variants is None else arguments.variants
         surgeries: list[LabelledSurgery] = []
         if arguments.surgeries:
             surgeries = read_surgeries(arguments.surgeries, STEP_S, dataset.phases, LABEL_FILES)
         for fold in folds:
             for name in BASELINES:
                 fold.baseline(name)
-        for variant in chosen:
+        for variant in (VARIANTS[number] for number in numbers):
             for fold in folds:
                 fold.variant(variant)
                 if surgeries:

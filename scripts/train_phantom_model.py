@@ -83,10 +83,10 @@ class ForecastPlan:
     frames: int = 90
     sizes: tuple[tuple[int, int], ...] = ((427, 240), (480, 270), (640, 360))
     durations_s: tuple[float, float] = (60.0, 300.0)
-    decoder_width: int = 96
-    decoder_rank: int = 16
-    epochs: int = 6
-    batch: int = 32
+    decoder_width: int = 64
+    decoder_rank: int = 32
+    epochs: int = 5
+    batch: int = 8
     peak_learning_rate: float = 3e-3
     seed: int = 0
 
