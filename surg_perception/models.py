@@ -18,14 +18,13 @@ from typing import Any
 
 import yaml
 
-from surg_perception.data.labels import CHOLEC80_PHASES
+from surg_perception.data.labels import LABEL_SETS
 
 CARD_NAME = "model.yaml"
 SEARCH_PATH_VARIABLE = "SURG_PERCEPTION_MODELS"
 _PACKAGE = "surg_perception"
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_LABEL_SETS = {"cholec80": CHOLEC80_PHASES}
 _WEIGHT_SUFFIXES = (".pkl", ".pth", ".pt", ".safetensors")
 _logger = logging.getLogger("surg_perception.models")
 
@@ -525,8 +524,8 @@ def _card_from(root: _Table, folder: Path) -> ModelCard:
     labels = root.table("labels")
     label_set = labels.text("set")
     phases = tuple(labels.take("names", "a list of different names, [] for no phase head", _names))
-    if phases and phases != _LABEL_SETS.get(label_set, phases):
-        raise labels.error("names", list(phases), f"{list(_LABEL_SETS[label_set])} for the set {label_set!r}")
+    if phases and phases != LABEL_SETS.get(label_set, phases):
+        raise labels.error("names", list(phases), f"{list(LABEL_SETS[label_set])} for the set {label_set!r}")
     labels.done()
 
     files = root.table("files")
