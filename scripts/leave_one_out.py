@@ -37,9 +37,9 @@ from surg_perception.gsvit.phase_training import (
     FROZEN,
     LabelledVideo,
     PhaseOptions,
+    all_latents,
     head_logits,
     open_videos,
-    sequence,
     temporal_sequences,
     train_phase,
 )
@@ -48,6 +48,7 @@ from surg_perception.gsvit.resequence import LabelledSurgery, read_surgeries
 from surg_perception.gsvit.temporal import LatentSequence, TemporalConfig, TemporalSettings, train_temporal
 from surg_perception.gsvit.trainer import TrainSettings
 from surg_perception.models import CARD_NAME
+from surg_perception.stream.temporal_head import pool_latents
 
 STEP_S = 4.0  # the frames at hand are four seconds apart
 HEAD_HIDDEN = (128,)
@@ -75,11 +76,6 @@ VARIANTS = (
     Variant("distilled + next frame, fine-tuned", "next-frame", False),
     Variant("random, fine-tuned", "random", False),
 )
-
-
-def temporal_settings() -> TemporalSettings:
-    """The temporal head, at the step of the data; its widths are set by the training."""
-    return TemporalSettings(config=TemporalConfig(features=1, classes=1, inputs="latent", step_s=STEP_S))
 
 
 # ---- baselines ---------------------------------------------------------------------------------------------
@@ -165,7 +161,6 @@ class Fold:
             size="m0",
             frozen=variant.frozen,
             head_hidden=HEAD_HIDDEN,
-            temporal=temporal_settings(),
             validation=(self.held_out,),
             temperatures=(1.0, 1.0),
         )
@@ -174,25 +169,20 @@ class Fold:
             self.videos, self.classes, options, settings, self.folder / variant.name / "training", console=self.console
         )
         (entry,) = trained.validation
-        one = sequence(trained.model, entry)
-        assert trained.temporal is not None
-        streamed = trained.temporal.head().run(one.latents, one.probabilities, one.times_s)
-        training = [sequence(trained.model, latents) for latents in trained.training]
-        latents: dict[str, Any] = {s.name: np.stack([s.latents, *s.versions]) for s in (*training, one)}
+        entries = [*all_latents(trained.model, self.training, options.views, self.console), entry]
+        latents: dict[str, Any] = {
+            one.video.name: np.stack([pool_latents(version) for version in (one.latents, *one.views)])
+            for one in entries[:-1]
+        }
+        latents[self.held_out] = pool_latents(entry.latents)[None]
         np.savez(self.folder / variant.name / "latents.npz", **latents)
-        self._write(
-            variant.name,
-            {
-                "single": torch.softmax(head_logits(trained.model, entry.latents), 1).numpy(),
-                "temporal": streamed,
-                "seconds": np.array(time.monotonic() - began),
-            },
-        )
+        single = torch.softmax(head_logits(trained.model, entry.latents), 1).numpy()
+        self._write(variant.name, {"single": single, "seconds": np.array(time.monotonic() - began)})
 
-    def label_files(self, variant: Variant, surgeries: Sequence[LabelledSurgery]) -> None:
-        """Train the temporal head again, with label files of further surgeries, on the latents that are there."""
-        name = f"{variant.name} + label files"
-        if self._file(name).exists() or not self._file(variant.name).exists():
+    def temporal_head(self, variant: Variant, surgeries: Sequence[LabelledSurgery]) -> None:
+        """Train a temporal head on the variant's latents, with label files of further surgeries or without."""
+        name = f"{variant.name}, temporal head" + (" with label files" if surgeries else "")
+        if self._file(name).exists():
             return
         with np.load(self.folder / variant.name / "latents.npz") as stored:
             donors, (test,) = (
@@ -203,9 +193,8 @@ class Fold:
                 ]
                 for videos in (self.training, [self.test])
             )
-        plain = temporal_settings()
-        config = replace(plain.config, features=test.latents.shape[1], classes=self.classes)
-        settings = replace(plain, config=config, epochs=LABEL_FILE_EPOCHS)
+        config = TemporalConfig(test.latents.shape[1], self.classes, inputs="latent", step_s=STEP_S)
+        settings = TemporalSettings(config, epochs=LABEL_FILE_EPOCHS if surgeries else TemporalSettings.epochs)
         tools = [video.tools for video in self.training]
         began = time.monotonic()
         head = train_temporal(temporal_sequences(donors, tools, surgeries, settings), settings, console=self.console)
@@ -263,19 +252,15 @@ class Fold:
 def rows(out: Path, names: Sequence[str]) -> dict[str, dict[str, NDArray[Any]]]:
     """Predictions by row of the table and video, int64 [n]; rows that lack a video are left out."""
     found: dict[str, dict[str, NDArray[Any]]] = {}
-    variants = [name for v in VARIANTS for name in (v.name, f"{v.name} + label files")]
+    heads = ("", ", temporal head", ", temporal head with label files")
+    variants = [f"{variant.name}{head}" for variant in VARIANTS for head in heads]
     for entry in (*BASELINES, *variants):
         for name in names:
             file = out / name / f"{entry}.npz"
             if file.exists():
                 with np.load(file) as content:
-                    for key in ("phases", "single", "temporal"):
-                        if key in content:
-                            value = content[key]
-                            row = {"phases": entry, "single": f"{entry}, single frames"}.get(
-                                key, f"{entry}, temporal head"
-                            )
-                            found.setdefault(row, {})[name] = value if value.ndim == 1 else value.argmax(1)
+                    value = next(content[key] for key in ("phases", "single", "temporal") if key in content)
+                    found.setdefault(entry, {})[name] = value if value.ndim == 1 else value.argmax(1)
     return {row: videos for row, videos in found.items() if len(videos) == len(names)}
 
 
@@ -330,8 +315,9 @@ def main() -> None:
         for variant in (VARIANTS[number] for number in numbers):
             for fold in folds:
                 fold.variant(variant)
+                fold.temporal_head(variant, [])
                 if surgeries:
-                    fold.label_files(variant, surgeries)
+                    fold.temporal_head(variant, surgeries)
     print(report(arguments.out, videos, dataset.phases))
 
 

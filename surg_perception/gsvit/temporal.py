@@ -89,7 +89,8 @@ class TemporalSettings:
         label_smoothing: share of the truth spread over all classes.
         smoothing_weight, smoothing_limit: of the truncated mean squared error between the log-probabilities of
             neighbouring steps (MS-TCN, eq. 9 to 11: lambda 0.15, tau 4).
-        cut: share of the videos of an epoch that begin at a random step of their first half.
+        cut: share of the videos of an epoch that begin at a random step of their first nine tenths, as after a reset.
+        gaps: share of the videos of an epoch of which only excerpts are shown, as of recordings that were paused.
         speed: each segment of a video lasts up to this many times longer or shorter, the whole video as well.
         noise: standard deviation of noise on every step, in standard deviations of a feature.
         video_noise: the same for an offset that is one for a whole video, as another camera or patient has.
@@ -109,6 +110,7 @@ class TemporalSettings:
     smoothing_weight: float = 0.15
     smoothing_limit: float = 4.0
     cut: float = 0.3
+    gaps: float = 0.3
     speed: float = 1.5
     noise: float = 0.2
     video_noise: float = 0.3
@@ -118,7 +120,7 @@ class TemporalSettings:
     def __post_init__(self) -> None:
         lowest: dict[str, float] = {"epochs": 1, "speed": 1.0}
         above = ("learning_rate", "gradient_clip", "smoothing_limit")
-        shares = {"label_smoothing": 1.0, "cut": 1.0, "feature_dropout": 0.95}
+        shares = {"label_smoothing": 1.0, "cut": 1.0, "gaps": 1.0, "feature_dropout": 0.95}
         for name in (*lowest, *above, *shares, "final_learning_rate", "weight_decay", "ema_half_life_steps",
                      "smoothing_weight", "noise", "video_noise"):  # fmt: skip
             value, low, high = getattr(self, name), lowest.get(name, 0.0), shares.get(name, math.inf)
@@ -378,10 +380,12 @@ def _augmented_steps(video: _History, settings: TemporalSettings, rng: np.random
     count = len(video.times_s)
     start = 0
     if rng.random() < settings.cut:
-        start = int(rng.integers(count // 2 + 1))
+        start = int(rng.integers(max(1, 9 * count // 10)))
     else:  # another grid of steps, where there are more frames than steps
         start = int(rng.integers(max(1, np.searchsorted(video.times_s, video.times_s[0] + settings.config.step_s))))
     steps = video.steps(settings.config, start)
+    if rng.random() < settings.gaps:
+        steps = _excerpts(steps, rng)
     phases = video.phases[steps]
     segment = np.concatenate(([0], np.cumsum(np.diff(phases) != 0)))
     limit = math.log(settings.speed)
@@ -390,6 +394,14 @@ def _augmented_steps(video: _History, settings: TemporalSettings, rng: np.random
     ends = np.cumsum(1.0 / speeds[segment])
     taken = np.searchsorted(ends, np.arange(max(1, math.floor(ends[-1]))) + 0.5, side="right")
     return steps[np.minimum(taken, len(steps) - 1)]
+
+
+def _excerpts(steps: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Stretches of the steps, shown ones and missing ones of random lengths in turn; at least the first step."""
+    shown, missing = rng.uniform(3.0, 20.0), rng.uniform(3.0, 30.0)
+    lengths = np.ceil(rng.exponential(np.tile([shown, missing], len(steps)))).astype(np.int64)
+    ends = np.cumsum(lengths)
+    return steps[np.searchsorted(ends, np.arange(len(steps)), side="right") % 2 == 0]
 
 
 def _disturbed(inputs: Tensor, settings: TemporalSettings, rng: np.random.Generator) -> Tensor:

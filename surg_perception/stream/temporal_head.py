@@ -243,8 +243,11 @@ class StepPlan:
 
 
 def default_reset_gap_s(step_s: float) -> float:
-    """Longest pause between frames that the history survives: 30 s, or ten steps where that is more."""
-    return max(30.0, 10.0 * step_s)
+    """Pause in s after which a new history begins: 5 minutes, at least 10 steps.
+
+    Shorter pauses are part of a surgery: the camera is cleaned, or the recording was stopped in between.
+    """
+    return max(300.0, 10.0 * step_s)
 
 
 def plan_steps(times_s: ArrayLike, step_s: float, reset_gap_s: float | None = None) -> StepPlan:

@@ -29,8 +29,14 @@ from surg_perception.gsvit.temporal import (  # noqa: E402
 )
 
 FEATURES, CLASSES = 6, 4
+# Videos that begin anywhere (cut) or in excerpts (gaps) would take the history that these tests are about.
 QUICK = TemporalSettings(
-    TemporalConfig(FEATURES, CLASSES, layers=5, channels=12, dropout=0.1), epochs=25, learning_rate=8e-3, seed=3
+    TemporalConfig(FEATURES, CLASSES, layers=5, channels=12, dropout=0.1),
+    epochs=25,
+    learning_rate=8e-3,
+    cut=0.05,
+    gaps=0.0,
+    seed=3,
 )
 
 
@@ -191,10 +197,22 @@ def test_augmented_videos_keep_their_order_and_vary_in_length():
     assert same.tolist() == list(range(len(history.times_s)))
 
 
+def test_excerpts_keep_the_order_and_leave_stretches_out():
+    steps, rng = np.arange(400), np.random.default_rng(0)
+    drawn = [temporal_module._excerpts(steps, rng) for _ in range(100)]
+    assert all(one[0] == 0 and (np.diff(one) > 0).all() for one in drawn)
+    shares = [len(one) / 400 for one in drawn]
+    assert min(shares) < 0.3 < 0.6 < max(shares)
+    assert np.median([(np.diff(one) > 1).sum() for one in drawn]) > 5
+    history = temporal_module._histories(surgery(0), QUICK.config)[0]
+    paused = temporal_module._augmented_steps(history, replace(QUICK, cut=0.0, speed=1.0, gaps=1.0), rng)
+    assert len(paused) < 0.9 * len(history.times_s)
+
+
 def test_a_gap_divides_a_video_into_histories():
     sequence = surgery(0)
     times_s = sequence.times_s.copy()
-    times_s[30:] += 60.0
+    times_s[30:] += 600.0
     histories = temporal_module._histories(replace(sequence, times_s=times_s), QUICK.config)
     assert [len(history.times_s) for history in histories] == [30, len(times_s) - 30]
 

@@ -235,10 +235,10 @@ def test_a_frame_between_two_steps_is_a_peek_and_changes_nothing():
 @pytest.mark.parametrize(
     ("config", "jump_s", "reason"),
     [
-        (SMALL, 30.0, ""),
-        (SMALL, 30.1, "gap"),
-        (TemporalConfig(24, 5, "latent+probabilities", layers=4, channels=8, step_s=4.0), 39.9, ""),
-        (TemporalConfig(24, 5, "latent+probabilities", layers=4, channels=8, step_s=4.0), 40.1, "gap"),
+        (SMALL, 300.0, ""),
+        (SMALL, 300.1, "gap"),
+        (TemporalConfig(24, 5, "latent+probabilities", layers=4, channels=8, step_s=40.0), 399.0, ""),
+        (TemporalConfig(24, 5, "latent+probabilities", layers=4, channels=8, step_s=40.0), 401.0, "gap"),
         (SMALL, -0.4, ""),
         (SMALL, -0.6, "seek"),
         (SMALL, -1000.0, "seek"),
