@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from surg_perception.gsvit import FrameGraph, GSViT, GSViTConfig
-from surg_perception.gsvit.checkpoint import build_gsvit
+from surg_perception.gsvit.checkpoint import build_gsvit, released_name
 from surg_perception.gsvit.network import PhaseHead
 
 LATENT_CHANNELS = {"m0": 192, "m1": 192, "m2": 224, "m3": 320, "m4": 384, "m5": 384}
@@ -170,3 +170,21 @@ def test_an_impossible_network_is_refused() -> None:
         GSViTConfig("m7")
     with pytest.raises(ValueError, match="hidden widths"):
         GSViTConfig("m0", classes=7, head_hidden=(0,))
+
+
+@pytest.mark.parametrize(("width", "rank"), [(16, 4), (32, 0)])
+def test_a_light_decoder_keeps_the_shape_and_comes_back_from_its_tensors(width: int, rank: int) -> None:
+    torch.manual_seed(0)
+    model = GSViT(GSViTConfig("m0", decoder_width=width, decoder_rank=rank)).eval()
+    tensors = {released_name(name): value for name, value in model.state_dict().items()}
+    again = build_gsvit(tensors, size="m0", predict_change=False, source="here")
+    assert (again.config.decoder_width, again.config.decoder_rank) == (width, rank)
+    picture = torch.rand(1, 3, 40, 50)
+    assert model.predict_next(picture).shape == (1, 3, 224, 224)
+    assert torch.equal(model.predict_next(picture), again.predict_next(picture))
+
+
+def test_a_decoder_that_cannot_be_built_is_refused() -> None:
+    for width, rank in ((8, 0), (40, 0), (32, -1)):
+        with pytest.raises(ValueError, match=f"width {width} and rank {rank}"):
+            GSViTConfig(decoder_width=width, decoder_rank=rank)

@@ -287,3 +287,60 @@ def test_cards_and_search_import_no_torch_and_no_engine(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+RICH = copy.deepcopy(GOOD) | {
+    "procedure": "Cholecystectomy",
+    "temporal": {"stages": 2, "layers": 8, "channels": 32, "inputs": "latent", "step_s": 4.0},
+    "forecast": {"gap_s": 1.0},
+}
+RICH["network"] |= {"decoder": True, "predict_change": False, "decoder_width": 64, "decoder_rank": 0}
+RICH["files"] |= {
+    "temporal": {"name": "temporal.safetensors", "sha256": hashlib.sha256(b"t").hexdigest()},
+    "forecast": {"name": "forecast.onnx", "sha256": hashlib.sha256(b"f").hexdigest()},
+}
+
+
+def test_temporal_head_and_forecast_are_part_of_the_card_and_are_verified(tmp_path: Path) -> None:
+    card = read_card(write(tmp_path / "m", RICH))
+    assert card.temporal is not None
+    assert (card.temporal.layers, card.temporal.step_s) == (8, 4.0)
+    assert card.forecast is not None
+    assert card.forecast.gap_s == 1.0
+    assert card.procedure == "Cholecystectomy"
+    assert yaml.safe_load(card.to_yaml()) == RICH
+    card.temporal_path.write_bytes(b"t")
+    card.forecast_path.write_bytes(b"f")
+    card.verify("temporal", "forecast")
+    card.forecast_path.write_bytes(b"g")
+    with pytest.raises(ModelError, match=r"forecast\.onnx: sha256"):
+        card.verify("forecast")
+    with pytest.raises(ModelError, match=r"no files\.temporal"):
+        _ = read_card(write(tmp_path / "plain", GOOD)).temporal_path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("temporal", None, "temporal"),
+        ("files.temporal", None, "temporal"),
+        ("temporal.inputs", "pixels", r"temporal\.inputs"),
+        ("temporal.step_s", 0, r"temporal\.step_s"),
+        ("temporal.colour", "red", r"temporal\.colour"),
+        ("forecast.gap_s", -1.0, r"forecast\.gap_s"),
+        ("network.decoder_rank", -1, r"network\.decoder_rank"),
+        ("procedure", 3, "procedure"),
+    ],
+)
+def test_what_is_wrong_with_them_is_named(tmp_path: Path, key: str, value: object, named: str) -> None:
+    content = copy.deepcopy(RICH)
+    *above, last = key.split(".")
+    table = content
+    for step in above:
+        table = table[step]
+    if value is None:
+        del table[last]
+    else:
+        table[last] = value
+    with pytest.raises(ModelError, match=named):
+        read_card(write(tmp_path / "m", content))
