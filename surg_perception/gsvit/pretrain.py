@@ -636,8 +636,9 @@ def _save_with_forecast(
 
 
 def model_licence(datasets: Sequence[Dataset], start: Path | None) -> str:
+    """What the licences of data and start weights ask of a model made from them, each named once."""
     parts = [_LICENCES.get(dataset.kind, "that of the training videos") for dataset in datasets]
     if start is not None:
         card = start / CARD_NAME
         parts.append(read_card(start).licence if card.is_file() else "that of the start weights")
-    return " and ".join(dict.fromkeys(parts))
+    return " and ".join(dict.fromkeys(licence for part in parts for licence in part.split(" and ")))
