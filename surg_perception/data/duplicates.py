@@ -26,10 +26,10 @@ _VOTER_EVERY_S = 2.0
 _CANDIDATES = 8
 _GAP_S = 5.0
 _LEAST_AGREEMENT = 0.5
+LEAST_OVERLAP_S = 5.0
 # At other times a true copy differs by so many bits more; measured: copies 25 and more, a still camera at most 3.
 _LEAST_CONTRAST_BITS = 12
 _CONTRAST_S = 3.0
-LEAST_OVERLAP_S = 5.0
 _WHOLE_SHARE = 0.8
 _SAME_LENGTH_SHARE = 0.02
 
@@ -166,18 +166,17 @@ def propose_drops(
 
 
 class _Prepared:
-    """A survey's usable hashes as rows of ±1, so that a product of matrices counts the bits that agree."""
+    """A survey with its voters: distinct frames at least 2 s apart."""
 
     def __init__(self, survey: Survey) -> None:
         self.times_s = survey.times_s
         self.usable = survey.usable
-        self.distinct = survey.distinct
         self.step_s = float(np.diff(self.times_s).min()) if len(self.times_s) > 1 else 1.0
         self.duration_s = survey.duration_s
         self.hashes = survey.hashes
         self.mirrored = survey.mirrored
         voters, last_s = [], -np.inf
-        for k in np.flatnonzero(self.distinct):
+        for k in np.flatnonzero(survey.distinct):
             if self.times_s[k] - last_s >= _VOTER_EVERY_S - 1e-6:
                 voters.append(int(k))
                 last_s = self.times_s[k]
@@ -185,6 +184,7 @@ class _Prepared:
 
 
 def _signs(hashes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """float32 [n, 256] of ±1, so that a product of two counts the bits that agree less those that differ."""
     return np.unpackbits(hashes, axis=1).astype(np.float32) * 2.0 - 1.0
 
 

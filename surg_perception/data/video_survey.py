@@ -177,21 +177,23 @@ def survey_frames(frames: Iterable[tuple[float, Bgr]], box: tuple[int, int, int,
 
 
 def content_box(pictures: Iterable[Bgr]) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the picture inside letterbox, pillarbox and scope mask, for frames of one video.
+    """Left, top, right, bottom of the view into the body inside letterbox, pillarbox and scope mask, for one video.
 
-    A row or column belongs to the picture when a fifth of it is in any frame brighter than black; a logo in the
+    Only frames that show mostly tissue count, since a title card fills the border too; all where there is none. A row
+    or column belongs to the view when in a fifth of the frames a fifth of it is brighter than black; a logo in the
     border is narrower than that. The whole frame where the result would be less than a third of a side. Frames of
     another size than the first are not looked at.
     """
-    light = [bgr.max(axis=2) > _BLACK for bgr in pictures]
-    height, width = light[0].shape
-    light = [picture for picture in light if picture.shape == (height, width)]
+    frames = [(bgr.max(axis=2) > _BLACK, _tissue_share(bgr)) for bgr in pictures]
+    height, width = frames[0][0].shape
+    frames = [(light, share) for light, share in frames if light.shape == (height, width)]
+    bright = [light for light, share in frames if share >= 0.5] or [light for light, _ in frames]
     left, top, right, bottom = 0, 0, width, height
     for _ in range(2):
-        rows = np.max([picture[:, left:right].mean(axis=1) for picture in light], axis=0) > _BOX_SHARE
+        rows = np.quantile([light[:, left:right].mean(axis=1) for light in bright], 0.8, axis=0) > _BOX_SHARE
         if rows.any():
             top, bottom = int(rows.argmax()), height - int(rows[::-1].argmax())
-        columns = np.max([picture[top:bottom].mean(axis=0) for picture in light], axis=0) > _BOX_SHARE
+        columns = np.quantile([light[top:bottom].mean(axis=0) for light in bright], 0.8, axis=0) > _BOX_SHARE
         if columns.any():
             left, right = int(columns.argmax()), width - int(columns[::-1].argmax())
     if right - left < width / 3 or bottom - top < height / 3:
@@ -311,7 +313,7 @@ def _sampled(
 
 
 def _spread_frames(path: Path, facts: VideoFacts) -> Iterator[Bgr]:
-    """Frames from all over the video; fewer where its end is damaged."""
+    """Frames from all over the video, to find its border; fewer where its end is damaged."""
     times_s = (np.arange(_BOX_FRAMES) + 0.5) / _BOX_FRAMES * facts.duration_s
     any_read = False
     try:
@@ -332,16 +334,25 @@ def _hash(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.packbits(imagehash.phash(Image.fromarray(small), hash_size=_HASH_SIDE).hash)
 
 
+def _colours(levels: NDArray[np.float32]) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Masks of lit, tissue-coloured and bluish pixels of BGR [h, w, 3], as FrameStatistics has them."""
+    blue, green, red = levels[..., 0], levels[..., 1], levels[..., 2]
+    total = levels.sum(axis=2) + 1.0
+    lit = levels.max(axis=2) > _LIT
+    return lit, lit & (red - green > 0.03 * total) & (red >= blue), lit & (blue - red > 0.02 * total)
+
+
+def _tissue_share(bgr: Bgr) -> float:
+    lit, tissue, _ = _colours(cv2.resize(bgr, _PICTURE, interpolation=cv2.INTER_AREA).astype(np.float32))
+    return float(tissue.sum() / max(1, int(lit.sum())))
+
+
 def _statistics(
     bgr: Bgr, grey: NDArray[np.uint8], before: NDArray[np.float32] | None
 ) -> tuple[FrameStatistics, NDArray[np.float32]]:
     small = np.asarray(cv2.resize(bgr, _PICTURE, interpolation=cv2.INTER_AREA), np.uint8)
     levels = small.astype(np.float32)
-    blue, green, red = levels[..., 0], levels[..., 1], levels[..., 2]
-    total = levels.sum(axis=2) + 1.0
-    lit = levels.max(axis=2) > _LIT
-    tissue = lit & (red - green > 0.03 * total) & (red >= blue)
-    cool = lit & (blue - red > 0.02 * total)
+    lit, tissue, cool = _colours(levels)
 
     bins = (small >> 4).astype(np.int32)
     codes = (bins[..., 0] << 8) | (bins[..., 1] << 4) | bins[..., 2]

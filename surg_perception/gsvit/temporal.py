@@ -89,8 +89,9 @@ class TemporalSettings:
         label_smoothing: share of the truth spread over all classes.
         smoothing_weight, smoothing_limit: of the truncated mean squared error between the log-probabilities of
             neighbouring steps (MS-TCN, eq. 9 to 11: lambda 0.15, tau 4).
-        cut: share of the videos of an epoch that begin at a random step of their first nine tenths, as after a reset.
-        gaps: share of the videos of an epoch of which only excerpts are shown, as of recordings that were paused.
+        cut: share of the videos of an epoch that begin at a random step of their first half.
+        gaps: share of the videos of an epoch of which only excerpts are shown, for recordings that were paused often;
+            costs accuracy on whole videos (docs/results.md).
         speed: each segment of a video lasts up to this many times longer or shorter, the whole video as well.
         noise: standard deviation of noise on every step, in standard deviations of a feature.
         video_noise: the same for an offset that is one for a whole video, as another camera or patient has.
@@ -110,7 +111,7 @@ class TemporalSettings:
     smoothing_weight: float = 0.15
     smoothing_limit: float = 4.0
     cut: float = 0.3
-    gaps: float = 0.3
+    gaps: float = 0.0
     speed: float = 1.5
     noise: float = 0.2
     video_noise: float = 0.3
@@ -380,11 +381,11 @@ def _augmented_steps(video: _History, settings: TemporalSettings, rng: np.random
     count = len(video.times_s)
     start = 0
     if rng.random() < settings.cut:
-        start = int(rng.integers(max(1, 9 * count // 10)))
+        start = int(rng.integers(count // 2 + 1))
     else:  # another grid of steps, where there are more frames than steps
         start = int(rng.integers(max(1, np.searchsorted(video.times_s, video.times_s[0] + settings.config.step_s))))
     steps = video.steps(settings.config, start)
-    if rng.random() < settings.gaps:
+    if settings.gaps and rng.random() < settings.gaps:
         steps = _excerpts(steps, rng)
     phases = video.phases[steps]
     segment = np.concatenate(([0], np.cumsum(np.diff(phases) != 0)))
