@@ -396,7 +396,7 @@ def train_phases(arguments: argparse.Namespace, console: Console) -> None:
         model,
         arguments.out,
         name=arguments.out.name,
-        version="0.1.0",
+        version="0.2.0",
         labels=LabelFacts("cholec80", CHOLEC80_PHASES),
         metrics={
             "held_out_phantom": {

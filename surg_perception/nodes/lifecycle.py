@@ -44,6 +44,7 @@ class PerceptionNode(LifecycleNode):
         self.table = table
         self.values: dict[str, Any] = {}
         self._refused_at_start: dict[str, str] = {}
+        self._correcting = ""
         for parameter in table.parameters:
             self._declare(parameter)
         self._warn_unknown()
@@ -99,7 +100,7 @@ class PerceptionNode(LifecycleNode):
             return SetParametersResult(successful=True)
         state = self.state_label
         for name in ours:
-            if not self.table[name].live and state in _CONFIGURED:
+            if not self.table[name].live and state in _CONFIGURED and name != self._correcting:
                 return SetParametersResult(
                     successful=False,
                     reason=f"{name} is read at configure and the node is {state}: clean the node up first "
@@ -121,6 +122,14 @@ class PerceptionNode(LifecycleNode):
         self.values = {**self.values, **ours}
         if self.state_label in _CONFIGURED:
             self.apply_live_parameters()
+
+    def correct_parameter(self, name: str, value: Any) -> None:
+        """Make a parameter that is read at configure say what runs now; in the executor's thread."""
+        self._correcting = name
+        try:
+            self.set_parameters([RosParameter(name, value=value)])
+        finally:
+            self._correcting = ""
 
     def apply_live_parameters(self) -> None:
         """Take over changed live parameters; called in the executor's thread while the node is configured."""

@@ -246,6 +246,21 @@ PHASE = ParameterTable(
             live=True,
         ),
         Parameter(
+            "forecast.enabled",
+            "auto",
+            "Forecast the picture and publish forecast and novelty: 'auto' while somebody subscribes to either, "
+            "'always', or 'never'. Needs a model with a forecast graph; 'always' makes configure fail without one.",
+            choices=("auto", "always", "never"),
+        ),
+        Parameter(
+            "forecast.rate_hz",
+            2.0,
+            "At most so many forecasts a second, by image stamps.",
+            minimum=0.1,
+            maximum=30.0,
+            live=True,
+        ),
+        Parameter(
             "diagnostics.slow_frame_ms",
             100.0,
             "A frame whose time from reception to publication exceeds this is slow: diagnostics show WARN for one, "

@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus
+from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.duration import Duration
 from rclpy.qos import DurabilityPolicy, LivelinessPolicy, QoSProfile
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, SurgicalPhase
+from surg_perception_msgs.srv import SetProcedure
 
 from surg_perception.models import ModelCard, ModelError, find_model
+from surg_perception.nodes.forecast_stage import ForecastStage, ForecastTopics
 from surg_perception.nodes.lifecycle import (
     ConfigureError,
     PerceptionNode,
@@ -28,13 +31,18 @@ from surg_perception.nodes.lifecycle import (
     run,
     stamp_ns,
 )
+from surg_perception.nodes.model_switch import LoadedModel, ModelSwitch, Refusal
 from surg_perception.nodes.parameter_table import PHASE
+from surg_perception.procedures import resolve_model
 from surg_perception.runtime.backend import Backend, BackendUnavailable, open_backend
+from surg_perception.runtime.forecast import ForecastBackend, open_forecast
+from surg_perception.stream.forecast import ForecastSettings
 from surg_perception.stream.image_decode import ImageError
 from surg_perception.stream.mailbox import Mailbox
 from surg_perception.stream.phase_pipeline import PhasePipeline, PhaseResult, PhaseSettings
 from surg_perception.stream.stage_clock import StageClock
 from surg_perception.stream.temporal_filter import FilterSettings
+from surg_perception.stream.temporal_head import TemporalHead
 
 try:
     from rclpy.event_handler import SubscriptionEventCallbacks, UnsupportedEventTypeError
@@ -73,16 +81,26 @@ class Arrival:
 
 
 class PhaseNode(PerceptionNode):
-    """Subscribes to `image` or `image/compressed`; publishes `~/phase`, `~/latent`, `~/labels`.
+    """Subscribes to `image` or `image/compressed`; publishes `~/phase`, `~/latent`, `~/labels`, and the forecast.
 
     The executor's thread only takes messages into the newest-frame mailbox and watches for silence; one worker
-    thread decodes, infers, filters and publishes.
+    thread decodes, infers, filters and publishes. Forecasts have a thread of their own, and so has the loading of
+    another model for the service `~/set_procedure`; the executor's thread then puts it in between two images.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(PHASE, **kwargs)
         self._card: ModelCard | None = None
         self._backend: Backend | None = None
+        self._temporal: TemporalHead | None = None
+        self._labels = PhaseLabels()
+        self._forecast_backend: ForecastBackend | None = None
+        self._forecast_topics: ForecastTopics | None = None
+        self._forecast: ForecastStage | None = None
+        self._model = threading.Lock()
+        """Held while an image is worked on and while the model is replaced."""
+        self._switch: ModelSwitch | None = None
+        self._loader: threading.Thread | None = None
         self._failed_backends: list[str] = []
         self._pipeline: PhasePipeline | None = None
         self._worker: threading.Thread | None = None
@@ -101,18 +119,23 @@ class PhaseNode(PerceptionNode):
         self._reset_figures()
         self.updater.add("images", self._image_diagnostics)
         self.updater.add("model", self._model_diagnostics)
+        # Its own group: the wait for the loading must not hold up the images, nor a second request.
+        self.create_service(
+            SetProcedure, "~/set_procedure", self._set_procedure, callback_group=ReentrantCallbackGroup()
+        )
 
     # Transitions ----------------------------------------------------------------------------------------------
 
     def configure(self) -> None:
         v = self.values
         try:
-            self._card = find_model(v["model.path"])
+            card = find_model(v["model.path"])
             if v["model.verify"]:
-                self._card.verify()
-            self._backend = self._open(v["runtime.backend"], [])
+                card.verify()
+            loaded = self._load(card, v["runtime.backend"], [])
         except (ValueError, OSError, BackendUnavailable) as error:
             raise ConfigureError(str(error)) from error
+        self._take_over(loaded)
         deadline = Duration(seconds=v["output.deadline_s"])
         controlled = QoSProfile(
             depth=1,
@@ -126,16 +149,33 @@ class PhaseNode(PerceptionNode):
             "latent": self.create_lifecycle_publisher(LatentFeatures, "~/latent", QoSProfile(depth=1)),
             "labels": self.create_lifecycle_publisher(PhaseLabels, "~/labels", latched),
         }
+        if v["forecast.enabled"] != "never":
+            self._forecast_topics = ForecastTopics.create(self)
         if Classification is not None:
             self._outputs["classification"] = self.create_lifecycle_publisher(
                 Classification, "~/classification", QoSProfile(depth=1)
             )
 
-    def _open(self, name: str, exclude: list[str]) -> Backend:
-        assert self._card is not None
+    def _load(self, card: ModelCard, name: str, exclude: list[str]) -> LoadedModel:
+        backend = self._open(card, name, exclude)
+        try:
+            temporal = TemporalHead.open(card.temporal_path) if card.temporal is not None else None
+            # Checks that head and model belong together.
+            PhasePipeline(backend, card.labels.names, temporal=temporal)
+            forecast = self._open_forecast(card, backend)
+            return LoadedModel(card, backend, temporal, forecast, _labels_of(card, backend))
+        except BaseException:
+            backend.close()
+            raise
+
+    def _take_over(self, loaded: LoadedModel) -> None:
+        self._card, self._backend = loaded.card, loaded.backend
+        self._temporal, self._forecast_backend, self._labels = loaded.temporal, loaded.forecast, loaded.labels
+
+    def _open(self, card: ModelCard, name: str, exclude: list[str]) -> Backend:
         v = self.values
         backend = open_backend(
-            self._card,
+            card,
             backend=name,
             precision=v["runtime.precision"],
             allow_fallback=v["runtime.allow_fallback"],
@@ -144,8 +184,21 @@ class PhaseNode(PerceptionNode):
         )
         for note in backend.notes:
             self.get_logger().info(note)
-        self.get_logger().info(f"model {self._card.model_id} runs on {backend.name}")
+        self.get_logger().info(f"model {card.model_id} runs on {backend.name}")
         return backend
+
+    def _open_forecast(self, card: ModelCard, backend: Backend) -> ForecastBackend | None:
+        """The model's forecast, if it has one and it is wanted; a faulty one is an error only where it is demanded."""
+        enabled = self.values["forecast.enabled"]
+        if enabled == "never" or (enabled == "auto" and card.forecast is None):
+            return None
+        try:
+            return open_forecast(card, backend.kind)
+        except (ModelError, BackendUnavailable) as error:
+            if enabled == "always":
+                raise
+            self.get_logger().error(f"no forecast: {error}")
+            return None
 
     def _settings(self) -> PhaseSettings:
         v = self.values
@@ -162,12 +215,13 @@ class PhaseNode(PerceptionNode):
         self._rejected_because = self._fault = ""
         self._reset_figures()
         self._last_header = Header()
-        self._pipeline = PhasePipeline(self._backend, self._card.labels.names, self._settings())
+        self._pipeline = self._new_pipeline()
         self._mailbox = Mailbox()
         self._last_frame_s = self._warned_s = time.monotonic()
         self._last_output_s = 0.0
         self._last_arrival_s = self._last_rejection_s = -math.inf
         self._publish_labels()
+        self._start_forecast()
         self._worker = threading.Thread(target=self._work, name="phase", daemon=True)
         self._worker.start()
         self._subscribe()
@@ -177,6 +231,21 @@ class PhaseNode(PerceptionNode):
             self.create_timer(watch_s, self._watch),
             self.create_timer(1.0, self._warn_of_silence),
         ]
+
+    def _new_pipeline(self) -> PhasePipeline:
+        if self._temporal is not None:
+            self._temporal.reset()
+        return PhasePipeline(self._backend, self._card.labels.names, self._settings(), self._temporal)
+
+    def _start_forecast(self) -> None:
+        if self._forecast_backend is not None and self._forecast_topics is not None:
+            self._forecast = ForecastStage(
+                self, self._forecast_backend, self._forecast_topics, self._forecast_settings()
+            )
+            self._forecast.start()
+
+    def _forecast_settings(self) -> ForecastSettings:
+        return ForecastSettings(self.values["forecast.rate_hz"], self.values["filter.reset_gap_s"])
 
     def _subscribe(self) -> None:
         raw = self.values["input.transport"] == "raw"
@@ -194,6 +263,8 @@ class PhaseNode(PerceptionNode):
         )
 
     def deactivate(self) -> None:
+        if self._switch is not None:
+            self._switch.cancel()
         if self._subscription is not None:
             self.destroy_subscription(self._subscription)
             self._subscription = None
@@ -204,20 +275,30 @@ class PhaseNode(PerceptionNode):
             self._mailbox.close()
             join(self._worker)
             self._worker = None
+        if self._forecast is not None:
+            self._forecast.stop()
+            self._forecast = None
         self._pipeline = None
 
     def cleanup(self) -> None:
-        for publisher in self._outputs.values():
+        join(self._loader, 60.0)
+        topics = self._forecast_topics
+        for publisher in (*self._outputs.values(), *((topics.image, topics.novelty) if topics else ())):
             self.destroy_lifecycle_publisher(publisher)
-        self._outputs = {}
+        self._outputs, self._forecast_topics = {}, None
+        if self._forecast_backend is not None:
+            self._forecast_backend.close()
+            self._forecast_backend = None
         if self._backend is not None:
             self._backend.close()
             self._backend = None
-        self._card = None
+        self._card = self._temporal = None
 
     def apply_live_parameters(self) -> None:
         if self._pipeline is not None:
             self._pipeline.settings = self._settings()
+        if self._forecast is not None:
+            self._forecast.forecaster.settings = self._forecast_settings()
 
     # The executor's thread: messages and silence --------------------------------------------------------------
 
@@ -234,6 +315,8 @@ class PhaseNode(PerceptionNode):
 
         NO_SIGNAL where no usable image comes in, FAULT where images come in and the model gives no answer.
         """
+        if self._forecast is not None:
+            self._forecast.look_for_subscribers()
         now_s, after_s = time.monotonic(), self.values["state.no_signal_after_s"]
         if now_s - self._last_frame_s < after_s:
             return
@@ -255,21 +338,85 @@ class PhaseNode(PerceptionNode):
             f"({self._subscription.msg_type.__name__}): {self.describe_publishers(self._topic)}{why}"
         )
 
+    # The executor's thread: another model ---------------------------------------------------------------------
+
+    async def _set_procedure(self, request: SetProcedure.Request, response: SetProcedure.Response) -> Any:
+        """Load a model in the background and put it in between two images; the old one runs on until then."""
+        refusal = None
+        if self.state_label != "active":
+            reason = f"the node is {self.state_label}: activate it first, or set model.path before configure"
+            refusal = Refusal(SetProcedure.Response.NOT_ACTIVE, reason)
+        elif self._switch is not None:
+            refusal = Refusal(SetProcedure.Response.BUSY, "another model is being loaded: wait for that answer")
+        if refusal is None:
+            switch = self._switch = ModelSwitch(lambda: self._load_other(request.procedure))
+            self._loader = switch.thread
+            await switch.done
+            self._switch = None
+            outcome = switch.take()
+            if isinstance(outcome, Refusal):
+                refusal = outcome
+            else:
+                response.message = self._replace_model(*outcome)
+        if refusal is not None:
+            response.error_code, response.message = refusal.error_code, refusal.reason
+            self.get_logger().error(f"set_procedure {request.procedure!r} refused: {refusal.reason}")
+        response.success = refusal is None
+        response.model_id = self._card.model_id if self._card is not None else ""
+        return response
+
+    def _load_other(self, text: str) -> tuple[LoadedModel, str]:
+        """The model, and what model.path must be for it; in the thread of a ModelSwitch."""
+        running = self._backend
+        card = resolve_model(text)
+        if self.values["model.verify"]:
+            card.verify()
+        if running.card.labels.names and not card.labels.names:
+            raise ModelError(
+                f"the model {card.name!r} has no phases, and {running.card.name!r}, which runs, has "
+                f"{len(running.card.labels.names)}: who reads them would be left without; configure the node with it"
+            )
+        # Importing PyTorch for a try would hold up the running model for seconds.
+        exclude = [] if running.kind == "torch" else ["torch"]
+        path = _path_of(card, text)
+        return self._load(card, running.kind, [*self._failed_backends, *exclude]), path
+
+    def _replace_model(self, loaded: LoadedModel, path: str) -> str:
+        """Let another model run from the next image on; returns what to say about it. Nothing slow in here."""
+        old = LoadedModel(self._card, self._backend, self._temporal, self._forecast_backend, self._labels)
+        if self._forecast is not None:
+            self._forecast.stop(wait=False)
+            self._forecast = None
+        with self._model:
+            self._take_over(loaded)
+            self._pipeline = self._new_pipeline()
+            self._consecutive_faults, self._fault = 0, ""
+            self._publish_labels()
+        threading.Thread(target=old.close, name="old model", daemon=True).start()
+        self._start_forecast()
+        self.correct_parameter("model.path", path)
+        done = f"{loaded.card.model_id} on {loaded.backend.name} runs instead of {old.card.model_id}"
+        self.get_logger().info(done)
+        return done
+
     # The worker's thread --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while (arrival := self._mailbox.get()) is not None:
             started_s = time.monotonic()
             message = arrival.message
-            try:
-                result = self._pipeline.process(message, stamp_ns=stamp_ns(message), age_s=self._age_s(message))
-                self._publish(arrival, started_s, result)
-                self._consecutive_faults, self._fault = 0, ""
-            except ImageError as error:
-                self._reject(error)
-            except Exception as error:
-                # Of whatever kind: the worker must not end and leave a node that looks alive.
-                self._fail(error, message.header)
+            with self._model:
+                try:
+                    result = self._pipeline.process(message, stamp_ns=stamp_ns(message), age_s=self._age_s(message))
+                    self._publish(arrival, started_s, result)
+                    self._consecutive_faults, self._fault = 0, ""
+                    if self._forecast is not None:
+                        self._forecast.offer(result, message.header)
+                except ImageError as error:
+                    self._reject(error)
+                except Exception as error:
+                    # Of whatever kind: the worker must not end and leave a node that looks alive.
+                    self._fail(error, message.header)
 
     def _age_s(self, message: Any) -> float:
         return (self.get_clock().now().nanoseconds - stamp_ns(message)) * 1e-9
@@ -299,13 +446,14 @@ class PhaseNode(PerceptionNode):
         failed = self._backend
         self._failed_backends.append(failed.name)
         try:
-            self._backend = self._open("auto", self._failed_backends)
+            self._backend = self._open(self._card, "auto", self._failed_backends)
         except (BackendUnavailable, ModelError) as error:
             self.get_logger().error(f"no other backend runs: {error}")
             return
         self.get_logger().warning(f"{failed.name} kept failing: {self._backend.name} from now on")
         failed.close()
         self._pipeline.backend = self._backend
+        self._labels.backend = self._backend.name
         self._publish_labels()
 
     def _publish(self, arrival: Arrival, started_s: float, result: PhaseResult) -> None:
@@ -382,18 +530,7 @@ class PhaseNode(PerceptionNode):
             self._outputs["phase"].publish(message)
 
     def _publish_labels(self) -> None:
-        card = self._card
-        self._outputs["labels"].publish(
-            PhaseLabels(
-                model_id=card.model_id,
-                labels=list(card.labels.names),
-                latent_shape=list(card.network.latent_shape),
-                backend=self._backend.name,
-                licence=card.licence,
-                intended_use=card.intended_use,
-                card=card.to_yaml(),
-            )
-        )
+        self._outputs["labels"].publish(self._labels)
 
     # Diagnostics ----------------------------------------------------------------------------------------------
 
@@ -458,9 +595,38 @@ class PhaseNode(PerceptionNode):
             status.summary(DiagnosticStatus.OK, f"{self._card.model_id} on {self._backend.name}")
         status.add("model", self._card.model_id)
         status.add("backend", self._backend.name)
+        status.add("temporal_head", "yes" if self._temporal is not None else "no")
         status.add("inference_faults", str(self._counts.faults))
+        if self._forecast is not None:
+            if self._forecast.fault:
+                status.mergeSummary(DiagnosticStatus.WARN, f"no forecast: {self._forecast.fault}")
+            for name, value in self._forecast.figures().items():
+                status.add(name, value)
         status.add("memory_mib", f"{process_memory_mib():.0f}")
         return status
+
+
+def _labels_of(card: ModelCard, backend: Backend) -> PhaseLabels:
+    return PhaseLabels(
+        model_id=card.model_id,
+        labels=list(card.labels.names),
+        latent_shape=list(card.network.latent_shape),
+        backend=backend.name,
+        licence=card.licence,
+        intended_use=card.intended_use,
+        card=card.to_yaml(),
+    )
+
+
+def _path_of(card: ModelCard, text: str) -> str:
+    """What model.path must be for configure to find this model: what was asked for, else its name, else its folder."""
+    for candidate in (text, card.name):
+        try:
+            if find_model(candidate).folder == card.folder:
+                return candidate
+        except ModelError:
+            continue
+    return str(card.folder)
 
 
 def main() -> None:

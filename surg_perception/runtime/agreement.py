@@ -87,8 +87,11 @@ def compare(found: Outputs, reference: Outputs) -> Agreement:
 
 
 def unsound(outputs: Outputs) -> Iterator[str]:
-    """What is wrong with outputs whatever the model: NaN, infinity, or probabilities that are none."""
+    """What is wrong with outputs of different frames: NaN, infinity, no probabilities, one latent for all of them."""
     probabilities, latent = outputs
+    if len(latent) > 1 and (latent == latent[0]).all():
+        # An engine's ReLU may turn NaN from broken weights into 0.
+        yield f"latent is the same for {len(latent)} different frames; are the weights damaged?"
     for name, values in (("probabilities", probabilities), ("latent", latent)):
         if not np.isfinite(values).all():
             yield f"{name} hold {int((~np.isfinite(values)).sum())} of {values.size} values that are not finite"

@@ -119,7 +119,7 @@ class Backend(ABC):
         try:
             probabilities, latent = self._run(np.ascontiguousarray(frames))
         except Exception as error:
-            raise InferenceError(self.name, _first_line(error)) from error
+            raise InferenceError(self.name, first_line(error)) from error
         if probabilities is None:
             probabilities = np.zeros((len(frames), 0), np.float32)
         if not (np.isfinite(latent).all() and np.isfinite(probabilities).all()):
@@ -154,7 +154,7 @@ def _engine_in(module: str, name: str) -> Callable[[], type[Backend]]:
         try:
             engine: type[Backend] = getattr(importlib.import_module(f"surg_perception.runtime.{module}"), name)
         except ImportError as error:
-            raise BackendUnavailable(f"not installed, or does not import ({_first_line(error)})") from error
+            raise BackendUnavailable(f"not installed, or does not import ({first_line(error)})") from error
         return engine
 
     return load
@@ -358,7 +358,7 @@ def _construct(engine: type[Backend], card: ModelCard, device: str, precision: s
     except (ModelError, BackendUnavailable):
         raise
     except Exception as error:
-        raise BackendUnavailable(f"could not load {card.name}: {_first_line(error)}") from error
+        raise BackendUnavailable(f"could not load {card.name}: {first_line(error)}") from error
 
 
 def _check(backend: Backend) -> None:
@@ -383,6 +383,7 @@ def _on_samples(backend: Backend) -> Outputs:
     return np.stack([result[0] for result in results]), np.stack([result[1] for result in results])
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error in one line: its type and the first line of its text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

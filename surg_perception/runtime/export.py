@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One ONNX graph of encoder and phase head, from uint8 camera frames to probabilities and latent."""
+"""ONNX graphs: encoder and phase head, from uint8 camera frames to probabilities and latent; the frame decoder."""
 
 from __future__ import annotations
 
@@ -45,38 +45,91 @@ def export_onnx(model: GSViT, path: str | Path, *, weight_storage: str = "fp32",
     Raises:
         ValueError: unknown `weight_storage`.
     """
-    if weight_storage not in WEIGHT_STORAGES:
-        raise ValueError(f"unknown weight storage {weight_storage!r}; expected one of {', '.join(WEIGHT_STORAGES)}")
-    import onnx
     import torch
 
     from surg_perception.gsvit._timm import import_timm
     from surg_perception.gsvit.network import IMAGE_SIZE, FrameGraph
 
+    _check_storage(weight_storage)
     graph = copy.deepcopy(FrameGraph(model)).cpu().eval().requires_grad_(False)
     folded = import_timm().utils.model.reparameterize_model(graph, inplace=False)
-    example = torch.zeros((2, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)
+    example = {"frame": torch.zeros((2, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)}
+    with torch.no_grad():
+        folded(**example)  # fills timm's cache of attention biases, which then export as constants
+    proto = _exported(folded, example, list(graph.output_names))
+    if weight_storage == "fp16":
+        _store_as_fp16(proto, _batch_norm_scales(graph))
+    return _saved(proto, path, {"phases": json.dumps(list(phases))} if phases else {})
+
+
+def export_forecast_onnx(model: GSViT, path: str | Path, *, weight_storage: str = "fp32") -> Path:
+    """Write the frame decoder of `model` as an ONNX file of its own: latent in, the frame expected out.
+
+    Input `latent`: float32 [N, D, 4, 4], as the graph of `export_onnx` gives it, N free; where the decoder predicts
+    the change, also `frame`: uint8 [N, 224, 224, 3], BGR, the one the latent is of. Output `forecast`: uint8
+    [N, 224, 224, 3], BGR.
+
+    Args:
+        model: left as it is; exported in evaluation mode.
+        path, weight_storage: as in `export_onnx`.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: unknown `weight_storage`, or a model without a frame decoder.
+    """
+    import torch
+
+    from surg_perception.gsvit.forecast_graph import ForecastGraph
+    from surg_perception.gsvit.network import IMAGE_SIZE
+
+    _check_storage(weight_storage)
+    graph = copy.deepcopy(ForecastGraph(model)).cpu().eval().requires_grad_(False)
+    example = {"latent": torch.zeros((2, *model.latent_shape))}
+    if graph.decoder.predict_change:
+        example["frame"] = torch.zeros((2, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)
+    proto = _exported(graph, example, ["forecast"])
+    if weight_storage == "fp16":
+        _store_as_fp16(proto, {})
+    return _saved(proto, path, {})
+
+
+def _check_storage(weight_storage: str) -> None:
+    if weight_storage not in WEIGHT_STORAGES:
+        raise ValueError(f"unknown weight storage {weight_storage!r}; expected one of {', '.join(WEIGHT_STORAGES)}")
+
+
+def _exported(graph: Any, example: dict[str, Any], outputs: list[str]) -> Any:
+    """The graph as an ONNX model whose inputs are named as in `example`, with the first size of each free."""
+    import torch
+
+    size = torch.export.Dim("N", min=1)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
-        folded(example)  # fills timm's cache of attention biases, which then export as constants
         program = torch.onnx.export(
-            folded,
-            (example,),
+            graph,
+            tuple(example.values()),
             dynamo=True,
             opset_version=OPSET,
-            input_names=["frame"],
-            output_names=list(graph.output_names),
-            dynamic_shapes={"frame": {0: torch.export.Dim("N", min=1)}},
+            input_names=list(example),
+            output_names=outputs,
+            dynamic_shapes={name: {0: size} for name in example},
             verbose=False,
         )
     if program is None:
         raise RuntimeError("torch.onnx.export gave no graph; expected one from its dynamo exporter")
     proto = program.model_proto
     _strip_provenance(proto)
-    if weight_storage == "fp16":
-        _store_as_fp16(proto, _batch_norm_scales(graph))
-    if phases:
-        onnx.helper.set_model_props(proto, {"phases": json.dumps(list(phases))})
+    return proto
+
+
+def _saved(proto: Any, path: str | Path, metadata: dict[str, str]) -> Path:
+    """Check and write the model in one step; returns its path."""
+    import onnx
+
+    if metadata:
+        onnx.helper.set_model_props(proto, metadata)
     onnx.checker.check_model(proto)
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

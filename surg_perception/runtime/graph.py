@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from surg_perception.models import ModelCard, ModelError
 
@@ -19,6 +22,9 @@ FRAME_SHAPE = (224, 224, 3)
 
 Shape = tuple[int | None, ...]
 """Sizes of a tensor; None where a size is free."""
+
+RunGraph = Callable[[Mapping[str, NDArray[Any]]], NDArray[Any]]
+"""A loaded graph: inputs by name to its one output, the caller's own."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,31 @@ def check_contract(graph: GraphFacts, path: Path, card: ModelCard | None = None)
             raise ModelError(
                 f"{path}: {what} is {found_facts}, but the card says {said}; card and graph belong to different "
                 "models, copy the model folder again, whole"
+            )
+
+
+def check_forecast_contract(graph: GraphFacts, path: Path, card: ModelCard) -> None:
+    """Check the forecast graph of a model: `latent` and, from a decoder of changes, `frame` in, `forecast` out.
+
+    Raises:
+        ModelError: names what was found and what was expected.
+    """
+    frame: tuple[str, Shape] = ("uint8", (None, *FRAME_SHAPE))
+    inputs: dict[str, tuple[str, Shape]] = {"latent": ("float32", (None, *card.network.latent_shape))}
+    if card.network.predict_change:
+        inputs["frame"] = frame
+    for kind, found, expected in (("input", graph.inputs, inputs), ("output", graph.outputs, {"forecast": frame})):
+        wrong = found.keys() != expected.keys() or any(
+            not _fits(found[name], *facts) for name, facts in expected.items()
+        )
+        if wrong:
+            found_text, expected_text = (
+                ", ".join(f"{name} {_text(*facts)}" for name, facts in sorted(tensors.items())) or "none"
+                for tensors in (found, expected)
+            )
+            raise ModelError(
+                f"{path}: {kind}s are {found_text}, expected {expected_text} with only the first size free; "
+                "the forecast graph belongs to another model, copy the model folder again, whole"
             )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from surg_perception.models import ModelCard, ModelError
 from surg_perception.runtime.backend import Backend, BackendUnavailable
-from surg_perception.runtime.graph import GraphFacts, Shape, check_contract
+from surg_perception.runtime.graph import GraphFacts, RunGraph, Shape, check_contract
 
 _ERRORS_ONLY = 3
 _DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
@@ -65,6 +66,24 @@ def read_graph(path: Path) -> GraphFacts:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return _facts(_session(path, options, ("CPUExecutionProvider", {})))
+
+
+def load_graph(path: Path, threads: int) -> tuple[GraphFacts, RunGraph]:
+    """Any graph on the CPU in fp32: what it says about itself, and a function from its inputs to its first output.
+
+    Raises:
+        ModelError: not a readable ONNX file.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = _session(path, options, ("CPUExecutionProvider", {}))
+
+    def run(inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        output: NDArray[Any] = session.run(None, dict(inputs))[0]
+        return output
+
+    return _facts(session), run
 
 
 def _session(path: Path, options: Any, provider: tuple[str, dict[str, str]]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from openvino.passes import ConstantFolding, Manager
 
 from surg_perception.models import ModelCard, ModelError
 from surg_perception.runtime.backend import Backend, BackendUnavailable
-from surg_perception.runtime.graph import FRAME_SHAPE, GraphFacts, Shape, check_contract
+from surg_perception.runtime.graph import FRAME_SHAPE, GraphFacts, RunGraph, Shape, check_contract
 
 _TYPES = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}
 _logger = logging.getLogger("surg_perception.runtime")
@@ -116,6 +117,29 @@ def read_graph(path: Path) -> GraphFacts:
         ModelError: not a readable ONNX file.
     """
     return _facts(_read(path))
+
+
+def load_graph(path: Path, threads: int) -> tuple[GraphFacts, RunGraph]:
+    """Any graph on the CPU in fp32: what it says about itself, and a function from its inputs to its first output.
+
+    Raises:
+        ModelError: not a readable ONNX file.
+    """
+    model = _read(path)
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": _TYPES["fp32"],
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,
+    }
+    request = _core().compile_model(model, "CPU", settings).create_infer_request()
+
+    def run(inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        request.infer(dict(inputs), share_inputs=True, share_outputs=True)
+        output: NDArray[Any] = request.get_output_tensor(0).data.copy()
+        return output
+
+    return _facts(model), run
 
 
 def _read(path: Path) -> Any:

@@ -654,6 +654,7 @@ def test_unsound_outputs_are_named() -> None:
     assert "at least -1" in next(unsound((np.array([[2.0, -1.0]], np.float32), z)))
     z[0, 0, 0, 0] = np.inf
     assert "1 of 128" in next(unsound((p, z)))
+    assert "the same for 2 different frames" in next(unsound((np.tile(p, (2, 1)), np.ones((2, 8, 4, 4), np.float32))))
 
 
 def test_the_cache_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
