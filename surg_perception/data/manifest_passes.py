@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,9 @@ def _surveys(
     manifest: Manifest, cache: Path | None, every_s: float, most: int, progress: Progress | None
 ) -> tuple[dict[str, Survey], dict[str, str], tuple[str, ...]]:
     """(surveys, reasons why others are unreadable, those that are not here), by id."""
+    for package in ("av", "imagehash"):  # else every video would seem unreadable
+        if find_spec(package) is None:
+            raise ImportError(f"looking through videos needs the package {package}; install it")
     surveys: dict[str, Survey] = {}
     unreadable: dict[str, str] = {}
     away = []

@@ -417,6 +417,13 @@ def test_the_lesser_copy_is_dropped_unless_its_better_is_dropped_or_a_person_kee
     np.testing.assert_allclose((start_s, end_s), (6.0, 26.0), atol=1.0)
 
 
+def test_a_missing_library_stops_a_pass_and_drops_nothing(shelf, monkeypatch):
+    monkeypatch.setattr(manifest_passes, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="av"):
+        screen_videos(shelf)
+    assert not shelf.decisions_path.exists()
+
+
 def test_a_video_cut_off_in_the_middle_is_used_up_to_there(tmp_path, surgeries):
     path = tmp_path / "a.mp4"
     options = {"crf": "20", "preset": "veryfast", "g": "10"}
