@@ -514,7 +514,7 @@ def train_phase_model(
             "data": [f"{dataset.kind}: {', '.join(video.name for video in dataset.videos)}" for dataset in datasets],
             "videos": [video.name for video in videos if video.name not in options.validation],
             "validation": list(options.validation),
-            "options": _identity(options),
+            "options": {k: v for k, v in _identity(options).items() if k not in ("start", "surgeries", "validation")},
             "settings": asdict(settings),
             "temporal": None if options.temporal is None else asdict(options.temporal),
             "label_only_surgeries": [surgery.name for surgery in options.surgeries],
