@@ -231,10 +231,14 @@ def draw(path: Path, judged: list[Judged], events: list[Event], title: str) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    values = values_of(judged)
-    times_s = [j.time_s for j in judged]
+    times_s = np.array([j.time_s for j in judged])
+    silences = np.flatnonzero(np.diff(times_s) > 1.5 * np.median(np.diff(times_s))) + 1
+    values = {name: np.insert(series, silences, np.nan) for name, series in values_of(judged).items()}
+    times_s = np.insert(times_s, silences, np.nan)
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9.0, 4.4), sharex=True, layout="constrained")
     top.plot(times_s, values["score"], color="#333333", linewidth=1.0)
+    top.set_yscale("symlog", linthresh=3.0)
+    top.set_yticks([-3, 0, 3, 10, 30], ["-3", "0", "3", "10", "30"])
     top.set_ylabel("novelty score")
     bottom.plot(times_s, values["error"], color="#d62728", linewidth=1.0, label="error of the forecast")
     bottom.plot(times_s, values["copy_error"], color="#1f77b4", linewidth=1.0, label="error of copying the last image")
@@ -319,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gsvit_m0_phantom", help="a model with a forecast: name or folder")
     parser.add_argument("--video", type=Path, help="a video instead of the phantom")
-    parser.add_argument("--procedures", type=int, default=40, help="phantom procedures")
+    parser.add_argument("--procedures", type=int, default=24, help="phantom procedures")
     parser.add_argument("--rate-hz", type=float, default=2.0, help="forecasts a second")
     parser.add_argument("--out", type=Path, help="JSON file; default in benchmarks/results/ (phantom), out/ (video)")
     parser.add_argument(

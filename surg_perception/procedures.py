@@ -5,21 +5,8 @@ from __future__ import annotations
 
 import re
 
+from surg_perception.data.labels import PROCEDURES
 from surg_perception.models import ModelCard, ModelError, find_model, list_models
-
-PROCEDURES = (
-    "Appendectomy",
-    "Cholecystectomy",
-    "Colectomy",
-    "Gastrectomy",
-    "Hernia Repair",
-    "Esophagectomy",
-    "Colostomy",
-    "Hemicolectomy",
-    "Hepatectomy",
-    "Splenectomy",
-)
-"""The ten procedures that GSViT was fine-tuned for (arXiv 2403.05949)."""
 
 
 class UnknownProcedure(ModelError):

@@ -23,7 +23,7 @@ import numpy as np
 from surg_perception.data.datasets import VIDEO_SUFFIXES, Dataset, DatasetError, Video
 from surg_perception.data.decisions import Decisions, decisions_path, read_decisions, read_table, write_table
 from surg_perception.data.frame_readers import VideoFrames, video_facts
-from surg_perception.procedures import PROCEDURES
+from surg_perception.data.labels import PROCEDURES
 
 COLUMNS = ("id", "source", "procedure", "approach", "license", "title")
 """Columns of a manifest; the first four must be there. Others are kept as they are."""

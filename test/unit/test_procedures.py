@@ -10,8 +10,9 @@ import pytest
 from onnx_graphs import SmallNetwork, graph_of, write_folder
 
 from surg_perception import models
+from surg_perception.data.labels import PROCEDURES
 from surg_perception.models import ModelError
-from surg_perception.procedures import PROCEDURES, UnknownProcedure, find_procedure, procedure_name, resolve_model
+from surg_perception.procedures import UnknownProcedure, find_procedure, procedure_name, resolve_model
 
 GRAPH = graph_of(SmallNetwork.random())
 
