@@ -289,7 +289,10 @@ def test_a_missing_compiler_stops_the_real_command_with_a_message(tmp_path: Path
         (checkout / name).write_text("")
     base = driver.probe_python(sys.executable)
     assert base is not None
-    environment = {"PATH": str(Path(base.executable).parent), "HOME": str(tmp_path)}
+    only_python = tmp_path / "bin"  # its own folder may be /usr/bin, where the compiler is
+    only_python.mkdir()
+    (only_python / Path(base.executable).name).symlink_to(base.executable)
+    environment = {"PATH": str(only_python), "HOME": str(tmp_path)}
     command = [base.executable, "scripts/setup.py"]
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
