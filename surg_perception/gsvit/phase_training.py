@@ -284,8 +284,8 @@ class EndToEndTask(Task):
         known = (batch["tools"] >= 0).to(torch.float32)
         tool_loss = F.binary_cross_entropy_with_logits(tools, batch["tools"].clamp_min(0.0), known)
         return phase_loss + self.options.tools_weight * tool_loss, {
-            "phase": float(phase_loss),
-            "tools": float(tool_loss),
+            "phase": float(phase_loss.detach()),
+            "tools": float(tool_loss.detach()),
         }
 
     def end_of_epoch(self, epoch: int, module: nn.Module, folder: Path) -> dict[str, float]:
