@@ -42,9 +42,15 @@ sys.path.insert(0, str(ROOT))
 from surg_perception.data.labels import CHOLEC80_PHASES  # noqa: E402
 from surg_perception.data.phantom import Phantom  # noqa: E402
 from surg_perception.gsvit import load_gsvit  # noqa: E402
+from surg_perception.gsvit.calibration import best_temperature  # noqa: E402
 from surg_perception.gsvit.model_folder import round_matrices_to_fp16, save_model_folder  # noqa: E402
 from surg_perception.gsvit.network import IMAGE_SIZE, GSViT, GSViTConfig, frame_decoder  # noqa: E402
-from surg_perception.gsvit.trainer import Task, TrainSettings, fit  # noqa: E402
+from surg_perception.gsvit.trainer import (  # noqa: E402
+    Task,
+    TrainSettings,
+    fit,
+    follow,
+)
 from surg_perception.models import LabelFacts, ModelCard, read_card  # noqa: E402
 from surg_perception.runtime import open_backend  # noqa: E402
 
@@ -246,20 +252,6 @@ def logits_of(model: GSViT, images: NDArray[np.uint8], device: torch.device) -> 
     return torch.cat(parts)
 
 
-@torch.no_grad()
-def follow(average: GSViT, model: GSViT, decay: float) -> None:
-    """One step of an exponential moving average over weights and batch-norm statistics.
-
-    Not `torch.optim.swa_utils.AveragedModel`: with its `use_buffers` it also averages, and so rounds down, the
-    integer tables that tell timm's attention which bias belongs where.
-    """
-    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if kept.is_floating_point():
-            kept.lerp_(new, 1.0 - decay)
-        else:
-            kept.copy_(new)
-
-
 def train(
     plan: Plan,
     data: tuple[NDArray[np.uint8], NDArray[np.int64]],
@@ -323,12 +315,6 @@ def train(
 
 
 # ---- calibration and figures -------------------------------------------------------------------------------
-
-
-def best_temperature(logits: Tensor, phases: Tensor) -> float:
-    """Temperature with the least negative log-likelihood, 0.1 to 10 on a grid of 1 %."""
-    grid = torch.exp(torch.arange(np.log(0.1), np.log(10.0), 0.01)).tolist()
-    return float(min(grid, key=lambda t: float(F.cross_entropy(logits / t, phases))))
 
 
 def figures(probabilities: NDArray[np.float32], phases: NDArray[np.int64]) -> dict[str, object]:
