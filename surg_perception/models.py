@@ -204,7 +204,7 @@ class ModelCard:
         Raises:
             ModelError: the model has none.
         """
-        return self._optional_path("temporal", "causal temporal head; `surg-perception train temporal` makes one")
+        return self._optional_path("temporal", "causal temporal head; `surg-perception train phase` makes one")
 
     @property
     def forecast_path(self) -> Path:

@@ -91,7 +91,7 @@ class TemporalSettings:
             neighbouring steps (MS-TCN, eq. 9 to 11: lambda 0.15, tau 4).
         cut: share of the videos of an epoch that begin at a random step of their first half.
         gaps: share of the videos of an epoch of which only excerpts are shown, for recordings that were paused often;
-            costs accuracy on whole videos (docs/results.md).
+            tried only with starts anywhere, and lost accuracy on whole videos then (docs/results.md).
         speed: each segment of a video lasts up to this many times longer or shorter, the whole video as well.
         noise: standard deviation of noise on every step, in standard deviations of a feature.
         video_noise: the same for an offset that is one for a whole video, as another camera or patient has.
