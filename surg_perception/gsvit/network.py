@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surg_perception.gsvit._timm import import_timm
+from surg_perception.torch_extras import import_timm
 
 IMAGE_SIZE = 224
 LATENT_GRID = 4

@@ -47,7 +47,7 @@ def export_onnx(model: GSViT, path: str | Path, *, weight_storage: str = "fp32",
     """
     import torch
 
-    from surg_perception.gsvit._timm import import_timm
+    from surg_perception.torch_extras import import_timm
     from surg_perception.gsvit.network import IMAGE_SIZE, FrameGraph
 
     _check_storage(weight_storage)
