@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from surg_perception.data.datasets import Dataset
     from surg_perception.gsvit.trainer import TrainSettings
     from surg_perception.models import ModelCard
+    from surg_perception.surgllm.model_folder import SurgLLMCard
 
 _SETTINGS: tuple[tuple[str, type, str], ...] = (
     ("epochs", int, "passes over the training set"),
@@ -43,6 +44,8 @@ def add_parser(verbs: Any) -> None:
     _add_distil(actions)
     _add_gsvit(actions)
     _add_phase(actions)
+    _add_surgllm(actions)
+    _add_surgllm_task(actions)
 
 
 def default_cache() -> Path:
@@ -306,6 +309,126 @@ def _phase(options: argparse.Namespace) -> int:
     )
 
 
+# Stages of SurgLLM: option, field of SurgLLMOptions, what it is.
+_SURGLLM_STAGES = (
+    ("reconstruct", "reconstruction", "masked reconstruction"),
+    ("align", "alignment", "alignment with captions"),
+    ("warm-up", "warm_up", "the Q-Former's warm-up"),
+    ("tune", "tuning", "joint tuning"),
+    ("adapt", "adapting", "each task's adapter"),
+)
+
+
+def _add_surgllm(actions: Any) -> None:
+    surgllm = actions.add_parser(
+        "surgllm",
+        help="train SurgLLM through all its stages: reconstruct, align, tune, an adapter a task",
+        description="Train SurgLLM (arXiv 2509.00357) from labelled video to a model folder that the node vqa runs. "
+        "Questions and captions are made by rule from the labels (docs/questions.md). Each stage resumes.",
+    )
+    _add_clip_options(surgllm)
+    surgllm.add_argument("--config", default="small", help="tiny, small or paper (default: %(default)s)")
+    surgllm.add_argument("--held-out", default="", metavar="VIDEOS", help="that only measure, by comma")
+    surgllm.add_argument("--per-task", type=int, default=1500, help="questions a task (default: %(default)s)")
+    surgllm.add_argument(
+        "--adapter-per-task", type=int, default=500, help="more of them for its adapter (default: %(default)s)"
+    )
+    surgllm.add_argument("--tasks", metavar="NAMES", help="with adapters of their own, by comma (default: all)")
+    surgllm.add_argument("--seed", type=int, default=0, help="of questions and weights (default: %(default)s)")
+    for option, _, text in _SURGLLM_STAGES:
+        surgllm.add_argument(f"--{option}-epochs", type=int, metavar="N", help=f"of {text}")
+    surgllm.add_argument("--threads", type=int, default=0, help="of PyTorch on the CPU, 0 for its own choice")
+    surgllm.add_argument("--name", help="of the model (default: the folder's)")
+    surgllm.add_argument("--licence", help="of the model (default: what the data demand)")
+    surgllm.set_defaults(run=_surgllm)
+
+
+def _add_clip_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", nargs="+", metavar="DATA", help="CholecT50, Cholec80 or phantom:seeds=3000-3039")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder to make")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=default_cache().with_name("clips"),
+        metavar="DIR",
+        help="for frames and features (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stills", action=argparse.BooleanOptionalAction, default=True, help="use frames without neighbours in time"
+    )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", dest="resume", action="store_true", default=True, help="go on (default)")
+    again.add_argument("--restart", dest="resume", action="store_false", help="begin again")
+
+
+def _surgllm(options: argparse.Namespace) -> int:
+    from surg_perception.surgllm.config import CONFIGS
+    from surg_perception.surgllm.training import SurgLLMOptions, train_surgllm
+
+    if options.config not in CONFIGS:
+        print(f"surg-perception: --config {options.config!r}, expected one of {', '.join(CONFIGS)}", file=sys.stderr)
+        return 2
+    what = SurgLLMOptions(
+        config=CONFIGS[options.config],
+        held_out=_names(options.held_out),
+        per_task=options.per_task,
+        adapter_per_task=options.adapter_per_task,
+        seed=options.seed,
+        stills=options.stills,
+    )
+    if options.tasks:
+        what = replace(what, tasks=_names(options.tasks))
+    for option, field, _ in _SURGLLM_STAGES:
+        settings = replace(getattr(what, field), threads=options.threads)
+        if (epochs := getattr(options, f"{option.replace('-', '_')}_epochs")) is not None:
+            settings = replace(settings, epochs=epochs)
+        what = replace(what, **{field: settings})
+    return _run(
+        lambda: train_surgllm(
+            options.data,
+            options.out,
+            what,
+            cache=options.cache,
+            name=options.name,
+            licence=options.licence,
+            resume=options.resume,
+        )
+    )
+
+
+def _add_surgllm_task(actions: Any) -> None:
+    task = actions.add_parser(
+        "surgllm-task",
+        help="give a trained SurgLLM one task more: a name, questions and their videos",
+        description="Train an adapter for a new task on top of a SurgLLM, and teach its router the task's questions.",
+    )
+    task.add_argument("model", help="name or folder of the model")
+    task.add_argument("task", help="name of the task")
+    task.add_argument("questions", type=Path, help="JSON of questions and answers (docs/questions.md)")
+    _add_clip_options(task)
+    add_settings_options(task)
+    task.set_defaults(run=_surgllm_task)
+
+
+def _surgllm_task(options: argparse.Namespace) -> int:
+    from surg_perception.surgllm.training import add_task
+    from surg_perception.surgllm.tuning import ADAPTING
+
+    return _run(
+        lambda: add_task(
+            options.model,
+            options.task,
+            options.questions,
+            options.data,
+            options.out,
+            train_settings(options, ADAPTING),
+            cache=options.cache,
+            stills=options.stills,
+            resume=options.resume,
+        )
+    )
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(filter(None, text.split(",")))
 
@@ -318,7 +441,7 @@ def _spacing_s(dataset: Dataset) -> float:
     return float(np.median(np.concatenate(gaps))) if gaps else 0.0
 
 
-def _run(training: Callable[[], ModelCard]) -> int:
+def _run(training: Callable[[], ModelCard | SurgLLMCard]) -> int:
     """Run a training to its model folder; a training that fails is told in a sentence, with status 1."""
     from surg_perception.gsvit.trainer import TrainingError
 

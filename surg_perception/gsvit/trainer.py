@@ -87,6 +87,7 @@ class TrainSettings:
         schedule: "linear" or "exponential" from the first to the last step, or "one_cycle": up by a cosine during
             the first 15 % of the steps from 1/25 of the highest, down by a cosine.
         optimiser: "adam" or "adamw".
+        betas: of the optimiser's moving averages of the gradient and of its square.
         weight_decay: of matrices and kernels; vectors (biases, norms) have none.
         gradient_clip: largest norm of the gradient; 0 for no limit.
         ema_half_life_steps: half-life of the moving average of weights and batch-norm statistics; 0 for none.
@@ -105,6 +106,7 @@ class TrainSettings:
     final_learning_rate: float = 1e-5
     schedule: str = "linear"
     optimiser: str = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     gradient_clip: float = 0.0
     ema_half_life_steps: float = 0.0
@@ -126,6 +128,7 @@ class TrainSettings:
                 ("final_learning_rate", "a number > 0", 0 < self.final_learning_rate < math.inf),
                 ("schedule", " or ".join(SCHEDULES), self.schedule in SCHEDULES),
                 ("optimiser", " or ".join(OPTIMISERS), self.optimiser in OPTIMISERS),
+                ("betas", "two numbers from 0 to below 1", [0 <= b < 1 for b in self.betas] == [True, True]),
                 ("weight_decay", "0 or more", 0 <= self.weight_decay < math.inf),
                 ("gradient_clip", "0 or more", 0 <= self.gradient_clip < math.inf),
                 ("ema_half_life_steps", "0 or more", 0 <= self.ema_half_life_steps < math.inf),
@@ -172,6 +175,10 @@ def order_of_groups(groups: NDArray[np.int64], most: int, rng: np.random.Generat
 
 # How a training is done, not what it gives: these may differ at a resume.
 _FREE_SETTINGS = ("threads", "loader_threads", "checkpoint_every_steps", "validate_every_steps")
+
+
+def _deciding(settings: TrainSettings) -> dict[str, Any]:
+    return {k: v for k, v in asdict(settings).items() if k not in _FREE_SETTINGS}
 
 
 def _cosine(start: float, end: float, part: float) -> float:
@@ -294,7 +301,7 @@ class _Run:
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         kind = torch.optim.Adam if settings.optimiser == "adam" else torch.optim.AdamW
-        optimiser = kind([group for group in groups if group["params"]], lr=settings.learning_rate)
+        optimiser = kind([g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas)
         self.module, self.optimiser = self.accelerator.prepare(module, optimiser)
         self.bare = self.accelerator.unwrap_model(self.module)
         self.trained = trained
@@ -320,9 +327,8 @@ class _Run:
     # ---- state -------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        settings = {k: v for k, v in asdict(self.settings).items() if k not in _FREE_SETTINGS}
         content = {
-            **settings,
+            **_deciding(self.settings),
             "samples": self.task.samples,
             **self.task.identity(),
         }
@@ -354,7 +360,8 @@ class _Run:
     def _load(self, state_file: Path) -> int:
         try:
             state = torch.load(state_file, map_location="cpu", weights_only=True)
-            found = state["identity"]
+            # A setting that is newer than the state had its default then.
+            found = json.loads(json.dumps(_deciding(TrainSettings()))) | state["identity"]
             if state["format"] != _STATE_FORMAT:
                 raise ValueError(f"its format is {state['format']}, expected {_STATE_FORMAT}")
         except Exception as error:  # damaged bytes make the unpickler fail in every way there is

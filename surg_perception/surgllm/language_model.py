@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The causal language model below SurgLLM, with one LoRA adapter per task that is switched in memory.
+
+Any causal language model of the Hugging Face kind will do: it is given embeddings and gives logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surg_perception.surgllm.base_models import find_base_model
+from surg_perception.surgllm.config import SurgLLMConfig
+from surg_perception.torch_extras import import_transformers
+
+JOINT = "joint"
+"""Name of the adapter that was tuned on all tasks together."""
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it faster than float32, else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def load_tokenizer(config: SurgLLMConfig) -> Any:
+    """The language model's own tokenizer; bytes for "tiny".
+
+    Raises:
+        BaseModelMissing: its files are not on this machine.
+    """
+    transformers = import_transformers()
+    if config.language_model == "tiny":
+        return transformers.ByT5Tokenizer(extra_ids=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(find_base_model(config.language_model))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+class LanguageModel(nn.Module):
+    """A frozen causal language model with named LoRA adapters.
+
+    Args:
+        config: which model, and the adapters' rank.
+        dtype: of the frozen weights.
+
+    Raises:
+        BaseModelMissing: its files are not on this machine.
+    """
+
+    def __init__(self, config: SurgLLMConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        transformers = import_transformers()
+        shapes = _shapes(config.language_model)
+        if shapes is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self.base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shapes)).to(dtype)
+        else:
+            folder: Path = find_base_model(config.language_model)
+            self.base = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+            )
+        self.base.requires_grad_(False)
+        self.adapters: list[str] = []
+        self._plain: dict[str, Tensor] = {}
+
+    @property
+    def width(self) -> int:
+        """Of the embeddings."""
+        return int(self.base.get_input_embeddings().embedding_dim)
+
+    def add_adapter(self, name: str, start: str | None = None) -> None:
+        """A new adapter, equal to the adapter `start`, or one that changes nothing yet; it becomes the active one."""
+        from peft import LoraConfig
+
+        config = self.config
+        self.base.add_adapter(
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,
+                target_modules=list(config.lora_targets),
+                lora_dropout=0.0,
+                bias="none",
+            ),
+            name,
+        )
+        self.adapters.append(name)
+        for key, parameter in self.base.named_parameters():
+            if _is_of(key, name):
+                parameter.data = parameter.data.float()
+        if start is not None:
+            self.load_adapter_weights(name, self.adapter_weights(start))
+        self.set_adapter(name)
+
+    def set_adapter(self, name: str) -> None:
+        """Answer with this adapter from now on."""
+        if name not in self.adapters:
+            raise ValueError(f"no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}")
+        self.base.set_adapter(name)
+        self.base.requires_grad_(False)
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        """The adapter's matrices."""
+        return [parameter for key, parameter in self.base.named_parameters() if _is_of(key, name)]
+
+    def adapter_weights(self, name: str) -> dict[str, Tensor]:
+        """The adapter's matrices by name, without the adapter's own name in it."""
+        return {
+            key.replace(f".{name}.", "."): parameter.detach().clone()
+            for key, parameter in self.base.named_parameters()
+            if _is_of(key, name)
+        }
+
+    def load_adapter_weights(self, name: str, weights: dict[str, Tensor]) -> None:
+        """Set an adapter's matrices to those of `adapter_weights`.
+
+        Raises:
+            ValueError: other names or shapes, which are told.
+        """
+        own = {key.replace(f".{name}.", "."): p for key, p in self.base.named_parameters() if _is_of(key, name)}
+        wrong = sorted(own.keys() ^ weights.keys()) + [
+            key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape
+        ]
+        if wrong:
+            raise ValueError(f"adapter {name!r}: {len(wrong)} matrices do not fit the language model, first {wrong[0]}")
+        for key, parameter in own.items():
+            parameter.data.copy_(weights[key])
+
+    @torch.no_grad()
+    def fuse(self, weights: dict[str, Tensor]) -> None:
+        """Put an adapter into the frozen weights themselves: W + alpha / rank * B A, exactly undone by the next call.
+
+        For answering: no adapter layers are run, and another adapter is a few milliseconds away.
+
+        Args:
+            weights: of `adapter_weights`; the model itself has no adapters.
+        """
+        scale = self.config.lora_alpha / self.config.lora_rank
+        for key, down in weights.items():
+            name, _, side = key.partition(".lora_A.")
+            if not side:
+                continue
+            layer = self.base.get_submodule(name)
+            plain = self._plain.setdefault(name, layer.weight.detach().clone())
+            up = weights[key.replace(".lora_A.", ".lora_B.")]
+            layer.weight.copy_(plain.float() + scale * up.float() @ down.float())
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [B, T, width] of tokens int64 [B, T]."""
+        return self.base.get_input_embeddings()(ids)
+
+    def hidden(self, embeddings: Tensor, attention: Tensor) -> Tensor:
+        """Last hidden states [B, T, width], before the output layer."""
+        return self.base.get_decoder()(
+            inputs_embeds=embeddings.to(self.base.dtype), attention_mask=attention, use_cache=False
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [n, vocabulary] of hidden states [n, width]."""
+        return self.base.get_output_embeddings()(hidden).float()
+
+
+def adapters_that_fit(names: Sequence[str]) -> None:
+    """Refuse adapter names that could not be told apart in a file.
+
+    Raises:
+        ValueError: a name is no lower-case word.
+    """
+    for name in names:
+        if not name.isidentifier() or name != name.lower():
+            raise ValueError(f"task name {name!r} found, expected lower-case letters, digits and '_'")
+
+
+def _is_of(key: str, adapter: str) -> bool:
+    return f".{adapter}." in key and "lora_" in key
+
+
+def _shapes(name: str) -> dict[str, Any] | None:
+    if name == "tiny":
+        return {
+            "vocab_size": 259,
+            "hidden_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 96,
+            "max_position_embeddings": 1024,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+        }
+    if name == "vicuna-7b":
+        return {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 4096,
+        }
+    return None

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TM-Tuning: the Q-Former and an adapter learn to answer about interleaved segments; then an adapter for each task.
+
+The encoder is frozen, so that the tokens of every segment are computed once and kept on disk. Before the language
+model joins, a short warm-up lets the Q-Former find what questions are about: its visual tokens, averaged, are to be
+nearest to the sentence embedding of the right answer among the batch's answers (InfoNCE, van den Oord et al.,
+arXiv 1807.03748; equal answers count as one). It costs a tenth of a step through the language model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surg_perception.gsvit.trainer import Task, TrainSettings, fit
+from surg_perception.surgllm.encoder import VideoEncoder
+from surg_perception.surgllm.language_model import JOINT
+from surg_perception.surgllm.model import QFormer, SurgLLM
+from surg_perception.surgllm.prompt import Prompted, Prompter, Span
+from surg_perception.surgllm.questions import Sample
+
+WARM_UP = TrainSettings(
+    epochs=6,
+    batch=128,
+    learning_rate=1e-3,
+    final_learning_rate=1e-5,
+    schedule="one_cycle",
+    optimiser="adamw",
+    weight_decay=0.02,
+    gradient_clip=1.0,
+    precision="bf16",
+)
+"""Of the Q-Former, before the language model joins."""
+
+TUNING = TrainSettings(
+    epochs=1,
+    batch=32,
+    learning_rate=6e-4,
+    final_learning_rate=1e-5,
+    schedule="one_cycle",
+    optimiser="adamw",
+    weight_decay=0.01,
+    gradient_clip=1.0,
+    precision="bf16",
+)
+"""Of the joint tuning."""
+
+ADAPTING = TrainSettings(
+    epochs=1,
+    batch=32,
+    learning_rate=4e-4,
+    final_learning_rate=1e-5,
+    schedule="one_cycle",
+    optimiser="adamw",
+    weight_decay=0.0,
+    gradient_clip=1.0,
+    precision="bf16",
+)
+"""Of one task's adapter, from the joint one."""
+
+_TEMPERATURE = 0.07
+_ORDER_CHUNK = 16  # batches whose samples are sorted by length together
+_ENCODED_AT_ONCE = 16
+
+Tokens = Mapping[str, NDArray[np.float16]]
+"""For each clip's name [seconds, N, width]: row s holds the tokens of the segment that begins at second s."""
+
+
+def segments_of(start_s: int, end_s: int, frames: int) -> list[tuple[int, int]]:
+    """Segments of a window, (first second, end): as many whole ones as fit counted from its end, then the rest.
+
+    A live window ends now and its newest segment is always whole, so windows are cut from their end.
+    """
+    ends = list(range(end_s, start_s, -frames))
+    return [(max(start_s, end - frames), end) for end in reversed(ends)]
+
+
+def spans_of(segments: Sequence[tuple[int, int]]) -> list[Span]:
+    """The same in seconds from the window's first frame, for the time labels."""
+    first = segments[0][0]
+    return [(start - first, end - first) for start, end in segments]
+
+
+@torch.no_grad()
+def cached_tokens(
+    encoder: VideoEncoder,
+    features: Mapping[str, NDArray[np.float16]],
+    frames: int,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, NDArray[np.float16]]:
+    """The encoder's tokens of the segment that begins at each second, as memory maps that are written once.
+
+    Near a clip's end the last frame is repeated, as it is for a segment that is not full.
+
+    Args:
+        encoder: trained; not trained further.
+        features: of `feature_cache.cached_features`.
+        frames: of a segment.
+        cache: folder; 150 kB a second for the model `small`.
+        progress: called with (seconds done, seconds of all clips).
+    """
+    digest = hashlib.sha256()
+    for key, value in encoder.state_dict().items():
+        digest.update(key.encode() + value.cpu().numpy().tobytes())
+    folder = cache / f"tokens-{digest.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder.eval()
+    total, done = sum(map(len, features.values())), 0
+    found: dict[str, NDArray[np.float16]] = {}
+    for name, maps in features.items():
+        file = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{len(maps)}.npy"
+        if not file.exists():
+            rows = []
+            for first in range(0, len(maps), _ENCODED_AT_ONCE):
+                starts = np.arange(first, min(first + _ENCODED_AT_ONCE, len(maps)))
+                seconds = np.minimum(starts[:, None] + np.arange(frames), len(maps) - 1)
+                clips = torch.from_numpy(maps[seconds]).float().transpose(1, 2)
+                with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+                    rows.append(encoder.encode(clips).half().numpy())
+            partial = file.with_suffix(".partial.npy")
+            np.save(partial, np.concatenate(rows))
+            partial.replace(file)
+        found[name] = np.load(file, mmap_mode="r")
+        done += len(maps)
+        if progress:
+            progress(done, total)
+    return found
+
+
+class TuningTask(Task):
+    """Answers of questions about windows, through the language model.
+
+    Args:
+        model: its encoder is not used.
+        prompter: of the same configuration.
+        samples: to train on.
+        tokens: see `Tokens`.
+        adapter: that is trained; with the Q-Former and the projection where it is the joint one.
+        batch: samples a step, for an order in which a batch's windows are about equally long.
+        validation: samples whose loss is measured.
+    """
+
+    def __init__(
+        self,
+        model: SurgLLM,
+        prompter: Prompter,
+        samples: Sequence[Sample],
+        tokens: Tokens,
+        adapter: str,
+        batch: int,
+        validation: Sequence[Sample] = (),
+    ) -> None:
+        self.module, self.prompter = model, prompter
+        self.training, self.validation, self.tokens = list(samples), list(validation), tokens
+        self.adapter, self.batch_size, self.samples = adapter, batch, len(samples)
+        model.requires_grad_(False)
+        model.language_model.set_adapter(adapter)
+        trained: list[nn.Parameter] = model.language_model.adapter_parameters(adapter)
+        if adapter == JOINT:
+            trained += [p for key, p in model.qformer.named_parameters() if not key.startswith("words.base.")]
+            trained += model.project.parameters()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    def identity(self) -> Mapping[str, Any]:
+        text = json.dumps([asdict(sample) for sample in self.training], sort_keys=True)
+        return {"adapter": self.adapter, "questions_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+    def order(self, epoch: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        order = rng.permutation(self.samples)
+        length = np.array([sample.end_s - sample.start_s for sample in self.training])
+        batches: list[NDArray[np.int64]] = []
+        for first in range(0, len(order), _ORDER_CHUNK * self.batch_size):
+            chunk = order[first : first + _ORDER_CHUNK * self.batch_size]
+            chunk = chunk[np.argsort(length[chunk], kind="stable")]
+            batches += np.split(chunk, range(self.batch_size, len(chunk), self.batch_size))
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        rest = [batch for batch in batches if len(batch) < self.batch_size]
+        return np.concatenate([*(whole[i] for i in rng.permutation(len(whole))), *rest])
+
+    def batch(self, indices: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
+        return self._tensors([self.training[i] for i in indices])
+
+    def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        return module(batch), {}
+
+    def end_of_epoch(self, epoch: int, module: nn.Module, folder: Path) -> dict[str, float]:
+        if not self.validation:
+            return {}
+        by_task: dict[str, list[float]] = {}
+        ordered = sorted(self.validation, key=lambda sample: (sample.task, sample.end_s - sample.start_s))
+        for first in range(0, len(ordered), self.batch_size):
+            chunk = ordered[first : first + self.batch_size]
+            device = next(module.parameters()).device
+            with torch.autocast(device.type, torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+                loss = float(module({key: value.to(device) for key, value in self._tensors(chunk).items()}))
+            for sample in chunk:
+                by_task.setdefault(sample.task, []).append(loss)
+        return {f"loss_{task}": float(np.mean(losses)) for task, losses in by_task.items()}
+
+    def _tensors(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        frames = self.prompter.config.segment_frames
+        windows = [segments_of(sample.start_s, sample.end_s, frames) for sample in samples]
+        items = [
+            Prompted(sample.question, spans_of(window), sample.answer)
+            for sample, window in zip(samples, windows, strict=True)
+        ]
+        rows = [
+            self.tokens[sample.video][start]
+            for sample, window in zip(samples, windows, strict=True)
+            for start, _ in window
+        ]
+        return {**self.prompter.batch(items), "segments": torch.from_numpy(np.stack(rows))}
+
+
+class _WarmUpNetwork(nn.Module):
+    """The Q-Former and a map from its averaged visual tokens to sentence embeddings."""
+
+    def __init__(self, qformer: QFormer, width: int, sentence_width: int) -> None:
+        super().__init__()
+        self.qformer = qformer
+        self.to_sentence = nn.Linear(width, sentence_width)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """float [B, sentence width], unit length."""
+        seen = self.qformer(batch["segments"].float(), batch["question_ids"], batch["question_attention"])
+        return F.normalize(self.to_sentence(seen.mean(dim=1)).float(), dim=-1)
+
+
+class WarmUpTask(Task):
+    """Visual tokens of a question's last segment find its answer among those of the batch.
+
+    Args:
+        model: its Q-Former is trained.
+        prompter: of the same configuration.
+        samples: those about the whole of a longer window are left out.
+        tokens: see `Tokens`.
+        embed: sentence embeddings float32 [n, width] of answers, unit length.
+        validation: samples whose answers are to be found among all of theirs.
+    """
+
+    def __init__(
+        self,
+        model: SurgLLM,
+        prompter: Prompter,
+        samples: Sequence[Sample],
+        tokens: Tokens,
+        embed: Callable[[list[str]], NDArray[np.float32]],
+        validation: Sequence[Sample] = (),
+    ) -> None:
+        frames = prompter.config.segment_frames
+
+        def about_the_end(sample: Sample) -> bool:
+            return sample.end_s - sample.start_s <= frames or sample.task not in ("caption", "temporal")
+
+        self.prompter, self.tokens, self.frames = prompter, tokens, frames
+        self.training = [sample for sample in samples if about_the_end(sample)]
+        self.validation = [sample for sample in validation if about_the_end(sample)]
+        self.samples = len(self.training)
+        answers = sorted({sample.answer for sample in (*self.training, *self.validation)})
+        self.number = {answer: i for i, answer in enumerate(answers)}
+        self.vectors = torch.from_numpy(np.asarray(embed(answers), np.float32))
+        model.qformer.requires_grad_(True)
+        for key, parameter in model.qformer.named_parameters():
+            parameter.requires_grad_(not key.startswith("words.base."))
+        self.module = _WarmUpNetwork(model.qformer, prompter.config.qformer.width, self.vectors.shape[1])
+
+    def identity(self) -> Mapping[str, Any]:
+        text = json.dumps([asdict(sample) for sample in self.training], sort_keys=True)
+        return {"questions_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+    def batch(self, indices: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
+        return self._tensors([self.training[i] for i in indices])
+
+    def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        answers, truth = batch["answer"].unique(return_inverse=True)
+        scores = module(batch) @ self.vectors.to(batch["answer"].device)[answers].T / _TEMPERATURE
+        return F.cross_entropy(scores, truth), {}
+
+    def end_of_epoch(self, epoch: int, module: nn.Module, folder: Path) -> dict[str, float]:
+        if not self.validation:
+            return {}
+        right = []
+        for first in range(0, len(self.validation), 128):
+            batch = self._tensors(self.validation[first : first + 128])
+            device = next(module.parameters()).device
+            found = module({key: value.to(device) for key, value in batch.items()}).cpu()
+            right += ((found @ self.vectors.T).argmax(dim=1) == batch["answer"]).tolist()
+        counts = np.bincount([self.number[sample.answer] for sample in self.validation])
+        return {"answer_found": float(np.mean(right)), "answer_found_majority": float(counts.max() / counts.sum())}
+
+    def _tensors(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        spans = [(0.0, float(min(self.frames, sample.end_s - sample.start_s))) for sample in samples]
+        items = [Prompted(sample.question, [span]) for sample, span in zip(samples, spans, strict=True)]
+        asked = self.prompter.batch(items)
+        rows = [self.tokens[s.video][max(s.start_s, s.end_s - self.frames)] for s in samples]
+        return {
+            "question_ids": asked["question_ids"],
+            "question_attention": asked["question_attention"],
+            "segments": torch.from_numpy(np.stack(rows)),
+            "answer": torch.tensor([self.number[sample.answer] for sample in samples]),
+        }
+
+
+def tune(
+    model: SurgLLM,
+    prompter: Prompter,
+    samples: Sequence[Sample],
+    tokens: Tokens,
+    adapter: str,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    validation: Sequence[Sample] = (),
+    resume: bool = True,
+    console: Console | None = None,
+) -> None:
+    """Train the joint parameters, or one task's adapter from the joint one, in place; resumable as every `fit`.
+
+    Args:
+        model: with the adapter `JOINT`.
+        adapter: JOINT, or a task's name, whose adapter is added where there is none.
+
+    Raises:
+        TrainingError: as `fit`.
+    """
+    if adapter not in model.language_model.adapters:
+        model.language_model.add_adapter(adapter, None if adapter == JOINT else JOINT)
+    task = TuningTask(model, prompter, samples, tokens, adapter, settings.batch, validation)
+    fit(task, settings, folder, resume=resume, console=console)
+    model.requires_grad_(False)
