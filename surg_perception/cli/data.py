@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surg_perception.cli import manifest
+from surg_perception.cli import manifest, questions
 
 if TYPE_CHECKING:
     from surg_perception.data.check import CheckReport
@@ -17,7 +17,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 
 def add_parser(verbs: Any) -> None:
     """Add the verb `data` to the command's subparsers."""
-    data = verbs.add_parser("data", help="check data sets, and keep a manifest of videos")
+    data = verbs.add_parser("data", help="check data sets, keep a manifest of videos, make questions")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser(
         "check",
@@ -31,6 +31,7 @@ def add_parser(verbs: Any) -> None:
     check.add_argument("--json", type=Path, metavar="FILE", help="also write the report here")
     check.set_defaults(run=_check)
     manifest.add_actions(actions)
+    questions.add_parser(actions)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`surg-perception evaluate`: how good a model or saved predictions are. No PyTorch."""
+"""`surg-perception evaluate`: how good a model or saved predictions are. PyTorch for `surgllm` alone."""
 
 from __future__ import annotations
 
@@ -48,6 +48,41 @@ def add_parser(verbs: Any) -> None:
     engine.add_argument("--threads", type=int, help="on the CPU (default: the cores, at most four)")
     engine.add_argument("--cache", type=Path, metavar="DIR", help="keep resized frames there for the next time")
     phase.set_defaults(run=_phase)
+    _add_surgllm(actions)
+
+
+def _add_surgllm(actions: Any) -> None:
+    surgllm = actions.add_parser(
+        "surgllm",
+        help="answers to questions: accuracy, times, n-gram metrics, beside majority answers and a blanked video",
+        description="Ask a model questions about labelled video. Writes results.json, report.md, examples.md and their "
+        "pictures into --out; examples hold frames of the data. A run that was interrupted goes on.",
+    )
+    surgllm.add_argument("model", metavar="MODEL", help="name or folder of a SurgLLM")
+    surgllm.add_argument("data", metavar="DATA", help="labelled data set, or phantom:seeds=3000-3003,duration_s=120")
+    surgllm.add_argument("--questions", type=Path, metavar="FILE", help="questions (JSON) instead of ones made by rule")
+    surgllm.add_argument(
+        "--per-task", type=int, default=100, metavar="N", help="questions made of each task (default: %(default)s)"
+    )
+    surgllm.add_argument("--videos", nargs="+", metavar="NAME", help="only these, as VID79 or 79 (default: all)")
+    surgllm.add_argument(
+        "--train",
+        metavar="PATH",
+        help="data set or questions (JSON) that majority answers are chosen from, without the evaluated videos "
+        "(default: the evaluated questions)",
+    )
+    surgllm.add_argument("--out", type=Path, default=Path("out/surgllm"), metavar="DIR", help="default: %(default)s")
+    surgllm.add_argument(
+        "--conditions",
+        default="routed,oracle,joint,blank",
+        metavar="LIST",
+        help="of routed, oracle, joint and blank, by commas (default: all)",
+    )
+    surgllm.add_argument("--seed", type=int, default=0, help="of questions, intervals, examples (default: %(default)s)")
+    surgllm.add_argument("--examples", type=int, default=4, metavar="N", help="of each task (default: %(default)s)")
+    surgllm.add_argument("--batch", type=int, default=8, metavar="N", help="questions at once (default: %(default)s)")
+    surgllm.add_argument("--threads", type=int, default=0, metavar="N", help="on the CPU (default: PyTorch's choice)")
+    surgllm.set_defaults(run=_surgllm)
 
 
 def _phase(options: argparse.Namespace) -> int:
@@ -68,6 +103,60 @@ def _phase(options: argparse.Namespace) -> int:
     for note in [*warnings(evaluation.metrics, evaluation.videos), *evaluation.metrics["notes"]]:
         console.print(f"- {note.replace('**', '')}", style="yellow", markup=False, highlight=False)
     console.print(f"{report} (and metrics.json, pictures/ beside it)", markup=False, highlight=False)
+    return 0
+
+
+def _surgllm(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from surg_perception.data.clip_labels import open_clip_videos
+    from surg_perception.gsvit.phase_labels_io import match_video
+    from surg_perception.surgllm.answering import Assistant
+    from surg_perception.surgllm.evaluation import evaluate
+    from surg_perception.surgllm.questions import make_samples, read_samples
+    from surg_perception.surgllm.report import summary_table, write_report
+
+    assistant = Assistant.load(options.model, threads=options.threads)
+    every = clips = open_clip_videos(options.data)
+    if options.videos:
+        groups = list(dict.fromkeys(clip.video for clip in every))
+        chosen = {match_video(name, groups, options.data) for name in options.videos}
+        clips = [clip for clip in every if clip.video in chosen]
+    if options.questions is None:
+        samples = make_samples(clips, options.seed, options.per_task)
+    else:
+        names = {clip.name for clip in clips}
+        samples = [one for one in read_samples(options.questions, videos=every) if one.video in names]
+    evaluated = {sample.group for sample in samples}
+    if options.train is None:
+        train = []
+    elif Path(options.train).is_file() and Path(options.train).suffix == ".json":
+        train = read_samples(options.train)
+    else:
+        others = [clip for clip in open_clip_videos(options.train) if clip.video not in evaluated]
+        if not others:
+            raise ValueError(f"--train {options.train} has no video beside the evaluated ones, expected others")
+        train = make_samples(others, options.seed, options.per_task)
+    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console()
+    with Progress(*columns, console=console, transient=True) as bar:
+        shown = bar.add_task("")
+        evaluation = evaluate(
+            assistant,
+            samples,
+            clips,
+            out=options.out,
+            train=train,
+            conditions=[name.strip() for name in options.conditions.split(",")],
+            batch=options.batch,
+            seed=options.seed,
+            progress=lambda done, total: bar.update(shown, completed=done, total=total),
+        )
+    source = f"{assistant.model_id} on {options.data}"
+    report = write_report(evaluation, clips, options.out, source=source, per_task=options.examples, seed=options.seed)
+    console.print(summary_table(evaluation.results))
+    console.print(f"{report} (and results.json, examples.md beside it)", markup=False, highlight=False)
     return 0
 
 

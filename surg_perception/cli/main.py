@@ -6,8 +6,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from surg_perception import __version__
+
+if TYPE_CHECKING:
+    from surg_perception.models import ModelCard
+    from surg_perception.surgllm.model_folder import SurgLLMCard
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -21,6 +26,7 @@ def _models_list(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from surg_perception.models import list_models
+    from surg_perception.surgllm.model_folder import list_surgllm
 
     table = Table("model", "network", "phases", "licence", "intended use")
     for card in list_models():
@@ -31,22 +37,31 @@ def _models_list(options: argparse.Namespace) -> int:
             card.licence,
             card.intended_use,
         )
+    for answerer in list_surgllm():
+        table.add_row(answerer.model_id, "SurgLLM", "questions", answerer.licence, answerer.intended_use)
     Console().print(table)
     return 0
 
 
-def _models_show(options: argparse.Namespace) -> int:
-    from surg_perception.models import find_model
+def _find_any(name_or_path: str) -> ModelCard | SurgLLMCard:
+    """The card of a model of either kind."""
+    from surg_perception.models import OtherModel, find_model
+    from surg_perception.surgllm.model_folder import find_surgllm
 
-    card = find_model(options.model)
+    try:
+        return find_model(name_or_path)
+    except OtherModel:
+        return find_surgllm(name_or_path)
+
+
+def _models_show(options: argparse.Namespace) -> int:
+    card = _find_any(options.model)
     print(f"# {card.folder}\n{card.to_yaml()}", end="")
     return 0
 
 
 def _models_verify(options: argparse.Namespace) -> int:
-    from surg_perception.models import find_model
-
-    card = find_model(options.model)
+    card = _find_any(options.model)
     card.verify()
     print(f"{card.model_id}: every file has the sha256 of its card")
     return 0
@@ -58,6 +73,14 @@ def _models_import(options: argparse.Namespace) -> int:
     card = import_released(options.checkpoint, options.out, name=options.name or options.out.resolve().name)
     print(f"{card.model_id} is in {options.out}: latent features only, since a released checkpoint has no phase head")
     print(f"run it: ros2 launch surg_perception pipeline.launch.py model:={options.out.resolve()}")
+    return 0
+
+
+def _models_fetch(options: argparse.Namespace) -> int:
+    from surg_perception.surgllm.base_models import fetch
+
+    for name in options.name:
+        print(f"{name}: {fetch(name, options.into, lambda line: print(line, flush=True))}")
     return 0
 
 
@@ -74,13 +97,14 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="where pictures go (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
-    from surg_perception.cli import data, evaluate, train
+    from surg_perception.cli import ask, data, evaluate, train
 
+    ask.add_parser(verbs)
     data.add_parser(verbs)
     train.add_parser(verbs)
     evaluate.add_parser(verbs)
 
-    models = verbs.add_parser("models", help="list, show, verify and import models")
+    models = verbs.add_parser("models", help="list, show, verify, import and fetch models")
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="the models found on this machine").set_defaults(run=_models_list)
     for action, text, run in (
@@ -98,6 +122,12 @@ def parser() -> argparse.ArgumentParser:
     entry.add_argument("out", type=Path, help="folder to make")
     entry.add_argument("--name", help="model name (default: the folder's)")
     entry.set_defaults(run=_models_import)
+    entry = actions.add_parser(
+        "fetch", help="download a pre-trained model that questions need: smollm2-135m-instruct, all-minilm-l6-v2"
+    )
+    entry.add_argument("name", nargs="+")
+    entry.add_argument("--into", type=Path, metavar="FOLDER", help="default: the user's cache, where it is looked for")
+    entry.set_defaults(run=_models_fetch)
     return top
 
 

@@ -328,6 +328,12 @@ def _add_surgllm(actions: Any) -> None:
     )
     _add_clip_options(surgllm)
     surgllm.add_argument("--config", default="small", help="tiny, small or paper (default: %(default)s)")
+    surgllm.add_argument(
+        "--language-model",
+        type=Path,
+        metavar="FOLDER",
+        help="a causal language model in Hugging Face layout (default: SmolLM2)",
+    )
     surgllm.add_argument("--held-out", default="", metavar="VIDEOS", help="that only measure, by comma")
     surgllm.add_argument("--per-task", type=int, default=1500, help="questions a task (default: %(default)s)")
     surgllm.add_argument(
@@ -368,8 +374,11 @@ def _surgllm(options: argparse.Namespace) -> int:
     if options.config not in CONFIGS:
         print(f"surg-perception: --config {options.config!r}, expected one of {', '.join(CONFIGS)}", file=sys.stderr)
         return 2
+    config = CONFIGS[options.config]
+    if options.language_model:
+        config = replace(config, language_model=str(options.language_model.resolve()))
     what = SurgLLMOptions(
-        config=CONFIGS[options.config],
+        config=config,
         held_out=_names(options.held_out),
         per_task=options.per_task,
         adapter_per_task=options.adapter_per_task,

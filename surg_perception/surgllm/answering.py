@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from surg_perception.models import ModelError
 from surg_perception.surgllm.language_model import JOINT, fast_dtype
 from surg_perception.surgllm.model import SurgLLM
 from surg_perception.surgllm.model_folder import SurgLLMCard, find_surgllm, load_weights
@@ -43,7 +44,7 @@ class Reply:
         confidence: mean probability of the answer's tokens, 0..1.
         tokens: of the answer.
         first_token_ms, total_ms: from the call to the first token and to the end.
-        complete: False where `stop` ended it.
+        complete: False where `stop` or the most tokens of an answer ended it.
     """
 
     text: str
@@ -89,9 +90,16 @@ class Assistant:
         card = find_surgllm(model)
         stored, adapters = load_weights(card)
         dtype = torch.float32 if card.config.language_model == "tiny" else fast_dtype()
-        surgllm = SurgLLM(card.config, dtype)
-        surgllm.load_stored_weights(stored)
-        router = Router.load(card.folder, SentenceEncoder(threads=max(threads, 1)))
+        try:
+            surgllm = SurgLLM(card.config, dtype)
+            surgllm.load_stored_weights(stored)
+            for weights in adapters.values():
+                surgllm.language_model.fuse(weights)
+            router = Router.load(card.folder, SentenceEncoder(threads=max(threads, 1)))
+        except ValueError as error:
+            raise ModelError(f"{card.folder}: {error}") from error
+        if unknown := set(router.tasks) - set(card.tasks):
+            raise ModelError(f"{card.folder}: the router names {', '.join(sorted(unknown))}, which the card does not")
         assistant = cls(card, surgllm, adapters, router, threads)
         size = assistant.image_size
         blank = assistant.encode(np.zeros((assistant.segment_frames, size, size, 3), np.uint8))
@@ -131,12 +139,14 @@ class Assistant:
             frames: uint8 BGR [T, S, S, 3], 1 to `segment_frames` frames; the last one is repeated to fill up.
 
         Raises:
-            ValueError: other shapes.
+            ValueError: another type or shape.
         """
         size = self.image_size
-        if frames.shape[1:] != (size, size, 3) or not 1 <= len(frames) <= self.segment_frames:
+        fits = frames.shape[1:] == (size, size, 3) and frames.dtype == np.uint8
+        if not fits or not 1 <= len(frames) <= self.segment_frames:
             raise ValueError(
-                f"frames {frames.shape} found, expected [1 to {self.segment_frames}, {size}, {size}, 3], uint8 BGR"
+                f"frames {frames.dtype} {frames.shape} found, expected uint8 BGR [1 to {self.segment_frames}, {size}, "
+                f"{size}, 3]"
             )
         with self._computing():
             stems = [self._stem_of(frame) for frame in frames]
@@ -210,6 +220,9 @@ class Assistant:
             questions: B texts.
             windows: the segments of each, as in `ask`.
             adapters: "joint" or a task for each; None lets the router choose.
+
+        Raises:
+            ValueError: a window without a segment, or an adapter that there is not.
         """
         if adapters is None:
             adapters = [route.task or JOINT for route in self.router.route_all(questions)]
@@ -230,6 +243,8 @@ class Assistant:
         stop: Callable[[], bool] = lambda: False,
     ) -> list[Any]:
         windows = [_newest(window, self.max_segments) for window in windows]
+        if adapter not in self._adapters:
+            raise ValueError(f"adapter {adapter!r} found, expected one of {', '.join(self._adapters)}")
         if self._active != adapter:
             self._model.language_model.fuse(self._adapters[adapter])
             self._active = adapter
@@ -244,9 +259,9 @@ class Assistant:
 
     def _stem_of(self, frame: NDArray[np.uint8]) -> Tensor:
         """[C, h, w] of a frame [S, S, 3]."""
-        key = hashlib.blake2b(np.ascontiguousarray(frame), digest_size=16).digest()
+        key = hashlib.blake2b(frame.tobytes(), digest_size=16).digest()
         if key not in self._stems:
-            self._stems[key] = self._model.encoder.features(torch.from_numpy(frame)[None, None])[0, :, 0]
+            self._stems[key] = self._model.encoder.features(torch.from_numpy(frame.copy())[None, None])[0, :, 0]
             while len(self._stems) > _STEMS_KEPT:
                 self._stems.popitem(last=False)
         self._stems.move_to_end(key)

@@ -12,6 +12,19 @@ STEMS = ("patch", "efficientnet_lite0")
 POSITIONS = ("flat", "separable")
 
 
+def _check_shapes(config: Any, width: int = 1, heads: int = 1) -> None:
+    """Refuse values of another type than the defaults', numbers that are not positive, and heads of unequal width."""
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        sound = isinstance(value, type(default)) and (isinstance(default, bool) or not isinstance(value, bool))
+        if sound and isinstance(default, int | float) and not isinstance(default, bool):
+            sound = value > 0
+        if not sound:
+            raise ValueError(f"{field.name} {value!r} found, expected something like {default!r}")
+    if width % heads:
+        raise ValueError(f"width {width} and {heads} heads found, expected a width that the heads can share")
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """A VideoMAE encoder (Tong et al., arXiv 2203.12602).
@@ -41,6 +54,7 @@ class EncoderConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        _check_shapes(self, self.width, self.heads)
         if self.image_size % self.patch_size:
             raise ValueError(f"image size {self.image_size} is no multiple of patch size {self.patch_size}")
         if self.stem not in STEMS or self.positions not in POSITIONS:
@@ -86,6 +100,9 @@ class QFormerConfig:
     vocabulary: int = 30523
     question_tokens: int = 64
 
+    def __post_init__(self) -> None:
+        _check_shapes(self, self.width, self.heads)
+
 
 @dataclass(frozen=True)
 class SurgLLMConfig:
@@ -112,6 +129,14 @@ class SurgLLMConfig:
     answer_tokens: int = 80
     max_segments: int = 4
 
+    def __post_init__(self) -> None:
+        _check_shapes(self)
+        if self.segment_frames % self.encoder.tubelet:
+            raise ValueError(
+                f"segments of {self.segment_frames} frames found, expected a multiple of the tubelet's "
+                f"{self.encoder.tubelet}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and JSON."""
         content = dataclasses.asdict(self)
@@ -133,8 +158,8 @@ class SurgLLMConfig:
                 lora_targets=tuple(content["lora_targets"]),
                 **rest,
             )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a SurgLLM configuration: {error}") from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"not a SurgLLM configuration: {type(error).__name__}: {error}") from error
 
 
 CONFIGS = {

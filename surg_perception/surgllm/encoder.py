@@ -31,8 +31,8 @@ class VideoEncoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        import_transformers()
-        from transformers.models.videomae.modeling_videomae import VideoMAEConfig, VideoMAEEncoder
+        transformers = import_transformers()
+        from transformers.models.videomae.modeling_videomae import VideoMAEEncoder
 
         self.config = config
         if config.stem == "patch":
@@ -44,13 +44,12 @@ class VideoEncoder(nn.Module):
             channels, side = _STEM_WIDTH, 1
         kernel = (config.tubelet, side, side)
         self.project = nn.Conv3d(channels, config.width, kernel, stride=kernel)
-        shapes = VideoMAEConfig(
+        shapes = transformers.VideoMAEConfig(
             hidden_size=config.width,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             intermediate_size=config.mlp,
             layer_norm_eps=config.norm_eps,
-            qkv_bias=True,
             attn_implementation="sdpa",
         )
         self.blocks = VideoMAEEncoder(shapes)
@@ -62,11 +61,11 @@ class VideoEncoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def positions(self, frames: int) -> Tensor:
-        """Fixed sinusoids of a clip's tokens, [N, width]."""
+        """Fixed sinusoids of a clip's tokens, [N, width]; `frames` is a multiple of the tubelet."""
         config = self.config
-        steps, grid = frames // config.tubelet, config.grid
+        count, steps, grid = config.tokens(frames), frames // config.tubelet, config.grid
         if config.positions == "flat":
-            return sinusoids(np.arange(config.tokens(frames)), config.width)
+            return sinusoids(np.arange(count), config.width)
         t, y, x = (axis.ravel() for axis in np.meshgrid(*map(np.arange, (steps, grid, grid)), indexing="ij"))
         third = config.width // 6 * 2
         parts = [sinusoids(t, config.width - 2 * third), sinusoids(y, third), sinusoids(x, third)]
@@ -120,9 +119,19 @@ class VideoEncoder(nn.Module):
 
         Returns:
             [B, visible, width], in the tokens' order.
+
+        Raises:
+            ValueError: other shapes, or rows that hide different numbers of tokens.
         """
         if masked is None:
             return self.encode(self.features(frames))
+        expected = (len(frames), self.config.tokens(frames.shape[1]))
+        hidden = masked.sum(dim=-1)
+        if tuple(masked.shape) != expected or bool((hidden != hidden[0]).any()):
+            raise ValueError(
+                f"mask {tuple(masked.shape)} that hides {hidden.tolist()} tokens found, expected {expected}, the same "
+                "number in each row"
+            )
         if self.config.stem != "patch":
             frames = torch.where(self._as_pixels(masked, frames.shape[1]), torch.full_like(frames, 128), frames)
         keep = (~masked).nonzero()[:, 1].view(len(masked), -1)

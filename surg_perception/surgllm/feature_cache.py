@@ -48,7 +48,7 @@ def cached_clip_frames(
         file = cache / f"{re.sub(r'[^A-Za-z0-9._-]', '_', video.name)}-frames-{key[:24]}.npy"
         if not file.exists():
             pictures = [resize_to_model_input(frame, size) for frame in video.frames(range(len(video)))]
-            _write(file, np.stack(pictures), video.name)
+            write_array(file, np.stack(pictures), video.name)
         frames[video.name] = np.load(file, mmap_mode="r")
         done += len(video)
         if progress:
@@ -88,7 +88,7 @@ def cached_features(
         file = cache / f"{re.sub(r'[^A-Za-z0-9._-]', '_', video.name)}-{key[:24]}.npy"
         if not file.exists():
             frames = cached_clip_frames([video], encoder.config.image_size, cache)[video.name]
-            _write(file, _features_of(encoder, video, frames), video.name)
+            write_array(file, _features_of(encoder, video, frames), video.name)
         features[video.name] = np.load(file, mmap_mode="r")
         done += len(video)
         if progress:
@@ -125,7 +125,8 @@ def _features_of(encoder: VideoEncoder, video: ClipVideo, frames: NDArray[np.uin
     return np.repeat(found, np.diff([*new, len(video)]), axis=0)
 
 
-def _write(file: Path, content: NDArray[Any], name: str) -> None:
+def write_array(file: Path, content: NDArray[Any], name: str) -> None:
+    """Write `.npy` so that it is there whole or not at all; raises DatasetError where the disk is full."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:

@@ -6,6 +6,7 @@ Any causal language model of the Hugging Face kind will do: it is given embeddin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,7 @@ class LanguageModel(nn.Module):
     def adapter_weights(self, name: str) -> dict[str, Tensor]:
         """The adapter's matrices by name, without the adapter's own name in it."""
         return {
-            key.replace(f".{name}.", "."): parameter.detach().clone()
-            for key, parameter in self.base.named_parameters()
-            if _is_of(key, name)
+            _nameless(key, name): p.detach().clone() for key, p in self.base.named_parameters() if _is_of(key, name)
         }
 
     def load_adapter_weights(self, name: str, weights: dict[str, Tensor]) -> None:
@@ -125,7 +124,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: other names or shapes, which are told.
         """
-        own = {key.replace(f".{name}.", "."): p for key, p in self.base.named_parameters() if _is_of(key, name)}
+        own = {_nameless(key, name): p for key, p in self.base.named_parameters() if _is_of(key, name)}
         wrong = sorted(own.keys() ^ weights.keys()) + [
             key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape
         ]
@@ -142,16 +141,27 @@ class LanguageModel(nn.Module):
 
         Args:
             weights: of `adapter_weights`; the model itself has no adapters.
+
+        Raises:
+            ValueError: matrices that do not fit the language model; it is as it was.
         """
         scale = self.config.lora_alpha / self.config.lora_rank
-        for key, down in weights.items():
-            name, _, side = key.partition(".lora_A.")
-            if not side:
-                continue
-            layer = self.base.get_submodule(name)
-            plain = self._plain.setdefault(name, layer.weight.detach().clone())
-            up = weights[key.replace(".lora_A.", ".lora_B.")]
-            layer.weight.copy_(plain.float() + scale * up.float() @ down.float())
+        fused: dict[str, Tensor] = {}
+        try:
+            for key, down in weights.items():
+                name, _, side = key.partition(".lora_A.")
+                if not side:
+                    continue
+                layer = self.base.get_submodule(name)
+                plain = self._plain.get(name, layer.weight)
+                up = weights[key.replace(".lora_A.", ".lora_B.")]
+                fused[name] = (plain.float() + scale * up.float() @ down.float()).to(plain.dtype)
+        except (AttributeError, KeyError, RuntimeError) as error:
+            raise ValueError(f"an adapter does not fit the language model: {key}: {error}") from error
+        for name in fused.keys() | self._plain.keys():
+            weight = self.base.get_submodule(name).weight
+            plain = self._plain.setdefault(name, weight.detach().clone())
+            weight.copy_(fused.get(name, plain))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [B, T, width] of tokens int64 [B, T]."""
@@ -169,18 +179,22 @@ class LanguageModel(nn.Module):
 
 
 def adapters_that_fit(names: Sequence[str]) -> None:
-    """Refuse adapter names that could not be told apart in a file.
+    """Refuse names of tasks that an adapter, a file of questions or the router could not have.
 
     Raises:
-        ValueError: a name is no lower-case word.
+        ValueError: a name is no word of a-z, 0-9 and _, or is that of the joint adapter.
     """
     for name in names:
-        if not name.isidentifier() or name != name.lower():
-            raise ValueError(f"task name {name!r} found, expected lower-case letters, digits and '_'")
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == JOINT:
+            raise ValueError(f"task name {name!r} found, expected a word of a-z, 0-9 and _, and not {JOINT!r}")
 
 
 def _is_of(key: str, adapter: str) -> bool:
-    return f".{adapter}." in key and "lora_" in key
+    return key.endswith((f".lora_A.{adapter}.weight", f".lora_B.{adapter}.weight"))
+
+
+def _nameless(key: str, adapter: str) -> str:
+    return key.removesuffix(f".{adapter}.weight") + ".weight"
 
 
 def _shapes(name: str) -> dict[str, Any] | None:

@@ -40,10 +40,10 @@ class QFormer(nn.Module):
 
     def __init__(self, config: QFormerConfig, video_width: int) -> None:
         super().__init__()
-        import_transformers()
-        from transformers.models.instructblipvideo import InstructBlipVideoQFormerConfig, InstructBlipVideoQFormerModel
+        transformers = import_transformers()
+        from transformers.models.instructblipvideo import InstructBlipVideoQFormerModel
 
-        shapes = InstructBlipVideoQFormerConfig(
+        shapes = transformers.InstructBlipVideoQFormerConfig(
             vocab_size=1 if config.start else config.vocabulary,
             hidden_size=config.width,
             num_hidden_layers=config.layers,
@@ -59,7 +59,7 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(torch.randn(1, config.queries, config.width) * 0.02)
         if config.start:
             self.words = _Words(config)
-            self.network.embeddings.word_embeddings = nn.Identity()
+            self.network.set_input_embeddings(nn.Identity())
 
     def forward(self, tokens: Tensor, question_ids: Tensor, question_attention: Tensor) -> Tensor:
         """Visual tokens.
@@ -129,7 +129,7 @@ class Generated:
     Attributes:
         ids: without the end token.
         confidence: mean probability of its tokens, the end token among them, 0..1.
-        complete: False where `stop` or the length ended it.
+        complete: False where `stop` or `answer_tokens` ended it.
     """
 
     ids: list[int]
@@ -227,16 +227,15 @@ class SurgLLM(nn.Module):
         """
         transformers = import_transformers()
         base = self.language_model.base
+        if stop():
+            return [Generated([], 0.0, False) for _ in batch["ids"]]
         embeddings = self.embeddings(segments, batch).to(base.dtype)
-        stopped = False
+        ends = self._ends
 
-        class Watch(transformers.StoppingCriteria):
-            def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-                nonlocal stopped
-                if on_token is not None:
-                    on_token(input_ids[0].tolist())
-                stopped = stop()
-                return torch.full((len(input_ids),), stopped, dtype=torch.bool)
+        def watch(input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+            if on_token is not None:
+                on_token(input_ids[0].tolist())
+            return torch.full((len(input_ids),), stop(), dtype=torch.bool, device=input_ids.device)
 
         out = base.generate(
             inputs_embeds=embeddings,
@@ -244,23 +243,23 @@ class SurgLLM(nn.Module):
             max_new_tokens=self.config.answer_tokens,
             do_sample=False,
             num_beams=1,
-            pad_token_id=self._end,
-            eos_token_id=self._end,
-            stopping_criteria=transformers.StoppingCriteriaList([Watch()]),
+            pad_token_id=ends[0],
+            eos_token_id=ends,
+            stopping_criteria=transformers.StoppingCriteriaList([watch]),
             return_dict_in_generate=True,
             output_logits=True,
         )
-        logits = torch.stack(out.logits, dim=1).float()
-        chosen = logits.softmax(-1).gather(-1, out.sequences[..., None])[..., 0]
+        steps = zip(out.logits, out.sequences.T, strict=True)
+        chosen = [logits.float().softmax(-1).gather(-1, ids[:, None]) for logits, ids in steps]
         answers = []
-        for row, probability in zip(out.sequences.tolist(), chosen, strict=True):
-            ended = self._end in row
-            length = row.index(self._end) if ended else len(row)
-            counted = probability[: length + ended]
-            answers.append(Generated(row[:length], float(counted.mean()), complete=ended or not stopped))
+        for row, probability in zip(out.sequences.tolist(), torch.cat(chosen, dim=1), strict=True):
+            length = next((i for i, token in enumerate(row) if token in ends), len(row))
+            ended = length < len(row)
+            answers.append(Generated(row[:length], float(probability[: length + ended].mean()), complete=ended))
         return answers
 
     @property
-    def _end(self) -> int:
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer; some language models have several."""
         end = self.language_model.base.generation_config.eos_token_id
-        return int(end[0] if isinstance(end, Sequence) else end)
+        return list(end) if isinstance(end, Sequence) else [end]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from surg_perception.models import CARD_NAME, ModelError, ModelFile, search_folders, sha256_of
+from surg_perception.models import CARD_NAME, SURGLLM, ModelError, ModelFile, search_folders, sha256_of
 from surg_perception.surgllm.config import SurgLLMConfig
 
 if TYPE_CHECKING:
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
     from surg_perception.surgllm.model import SurgLLM
     from surg_perception.surgllm.router import Router
 
-ARCHITECTURE = "surgllm"
 WEIGHTS, ADAPTERS = "surgllm.safetensors", "adapters.safetensors"
-_FIELDS = (
-    "name",
-    "version",
-    "config",
-    "tasks",
-    "base_models",
-    "metrics",
-    "training",
-    "licence",
-    "intended_use",
-    "files",
-)
+_TYPES: dict[str, Any] = {
+    "name": str,
+    "version": str,
+    "config": dict,
+    "tasks": list,
+    "base_models": dict,
+    "metrics": dict,
+    "training": dict,
+    "licence": str,
+    "intended_use": str,
+    "files": dict,
+}
+_EXPECTED: dict[Any, str] = {str: "text (in quotes if it looks like a number)", dict: "a mapping", list: "a list"}
+_FILES = ("weights", "adapters", "router_json", "router_safetensors")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class SurgLLMCard:
     def to_yaml(self) -> str:
         """The text of `model.yaml`."""
         content = {
-            "architecture": ARCHITECTURE,
+            "architecture": SURGLLM,
             "name": self.name,
             "version": self.version,
             "config": self.config.to_dict(),
@@ -150,20 +151,25 @@ def read_surgllm_card(folder: str | Path) -> SurgLLMCard:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ModelError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(content, Mapping) or content.get("architecture") != ARCHITECTURE:
-        raise ModelError(f"{path} is not the card of a SurgLLM (architecture: {ARCHITECTURE})")
-    if missing := [key for key in _FIELDS if key not in content]:
+    if not isinstance(content, Mapping) or content.get("architecture") != SURGLLM:
+        raise ModelError(f"{path} is not the card of a SurgLLM (architecture: {SURGLLM})")
+    if missing := [key for key in _TYPES if key not in content]:
         raise ModelError(f"{path}: {', '.join(missing)} missing")
+    for key, kind in _TYPES.items():
+        if not isinstance(content[key], kind):
+            raise ModelError(f"{path}: {key} is {content[key]!r}, expected {_EXPECTED[kind]}")
     try:
-        files = {kind: ModelFile(file["name"], file["sha256"]) for kind, file in content["files"].items()}
+        files = {kind: ModelFile(str(file["name"]), str(file["sha256"])) for kind, file in content["files"].items()}
         if wrong := [file.name for file in files.values() if Path(file.name).name != file.name]:
             raise ValueError(f"files named {wrong}, expected bare file names")
+        if missing := [kind for kind in _FILES if kind not in files]:
+            raise ValueError(f"files: {', '.join(missing)} missing")
         return SurgLLMCard(
             folder=folder,
             config=SurgLLMConfig.from_dict(content["config"]),
-            tasks=tuple(content["tasks"]),
+            tasks=tuple(map(str, content["tasks"])),
             files=files,
-            **{key: content[key] for key in _FIELDS if key not in ("config", "tasks", "files")},
+            **{key: content[key] for key in _TYPES if key not in ("config", "tasks", "files")},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: {error}") from error
@@ -193,6 +199,8 @@ def save_surgllm(
     named = {f"{name}/{key}": value for name, weights in adapters.items() for key, value in weights.items()}
     save_file(half(named), folder / ADAPTERS)
     router.save(folder)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
     files = {"weights": WEIGHTS, "adapters": ADAPTERS}
     files |= {path.name.replace(".", "_"): path.name for path in sorted(folder.glob("router.*"))}
     card = replace(
@@ -208,18 +216,29 @@ def load_weights(card: SurgLLMCard) -> tuple[dict[str, Tensor], dict[str, dict[s
     """Stored weights and adapters of a model folder, after comparing sha256.
 
     Raises:
-        ModelError: a file is missing, damaged or another one.
+        ModelError: a file is missing, damaged or another one, or a task has no adapter.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     card.verify()
+    try:
+        stored = load_file(card.folder / card.files["weights"].name)
+        matrices = load_file(card.folder / card.files["adapters"].name)
+    except SafetensorError as error:
+        raise ModelError(f"{card.folder}: the weights cannot be read as safetensors: {error}") from error
     adapters: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(card.folder / card.files["adapters"].name).items():
+    for key, value in matrices.items():
         name, _, matrix = key.partition("/")
         adapters.setdefault(name, {})[matrix] = value.float()
-    return load_file(card.folder / card.files["weights"].name), adapters
+    if set(adapters) != {"joint", *card.tasks}:
+        raise ModelError(
+            f"{card.folder}: adapters {', '.join(sorted(adapters)) or 'none'} found, expected joint and one for each "
+            f"task of the card: {', '.join(card.tasks)}"
+        )
+    return stored, adapters
 
 
 def licence_of(sources: Sequence[str]) -> str:
     """Licence that a model trained on these sources carries: that of CholecT50 and Cholec80 frames, else ours."""
-    return "Apache-2.0" if all(source.startswith("phantom") for source in sources) else "CC BY-NC-SA 4.0"
+    return "Apache-2.0" if all(source.startswith("phantom:") for source in sources) else "CC BY-NC-SA 4.0"

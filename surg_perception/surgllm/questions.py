@@ -53,7 +53,7 @@ SHORT_WORDS, LONG_WORDS = 25, 45
 # An answer may be this many times as frequent as the median answer of its type; of two opposite ones none is more.
 _MOST = 2.0
 _WINDOWS_PER_SAMPLE, _FEWEST_WINDOWS, _MOST_WINDOWS = 4, 2_000, 20_000
-_EASY_NEGATIVE = 0.25
+_EASY_NEGATIVE = 0.25  # how readily one is chosen, where a hard one is 1
 
 
 class SampleError(ValueError):
@@ -485,7 +485,7 @@ class _Fact:
 
     Attributes:
         subject: what it is about; answers are balanced within each, so that the question alone says little.
-        easy: a negative about what does not occur in the video at all, which is asked less.
+        easy: a negative about what does not occur in the video at all, which is chosen less readily.
         words: for the templates.
     """
 
@@ -945,16 +945,17 @@ def short_caption(seconds: Sequence[SecondLabels], wording: int = 0) -> str | No
     """One sentence of at most SHORT_WORDS words: phase, and the instruments with place, verb and target.
 
     Instruments that are in view in half of the labelled seconds or more, each with its most frequent action and its
-    last place. None where fewer than half of the seconds have instrument labels. wording is 0, 1 or 2.
+    last place; without places, then without the last instruments, where that is too long. None where fewer than half
+    of the seconds have instrument labels. wording is 0, 1 or 2.
     """
     known = [second.instruments for second in seconds if second.instruments is not None]
     if 2 * len(known) < len(seconds) or not known:
         return None
-    parts = _instrument_clauses(known, places=True)
-    clauses = _joined(parts)
-    text = _with_phase(clauses, _main_phase(seconds), wording)
-    if len(text.split()) > SHORT_WORDS:
-        text = _with_phase(_joined(_instrument_clauses(known, places=False)), _main_phase(seconds), wording)
+    placed, plain = _instrument_clauses(known, places=True), _instrument_clauses(known, places=False)
+    for clauses in (placed, *(plain[:count] for count in range(len(plain), -1, -1))):
+        text = _with_phase(_joined(clauses), _main_phase(seconds), wording)
+        if len(text.split()) <= SHORT_WORDS:
+            break
     return text
 
 

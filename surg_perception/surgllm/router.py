@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which task a question is about: logistic regression on the question's sentence vector, with a way out.
+"""Which task a question is about: logistic regression on the question's sentence vector, with two ways out.
 
-Under a threshold of probability nothing is picked, and the joint adapter answers. Probability and threshold come from
+Under a threshold of probability no task is picked, and the joint adapter answers; and a question that is like those
+which are not to be answered is marked. Probability and threshold come from
 questions kept back in whole groups of similar wording: with single sentences kept back, the other fillings of the same
 template would stay in, and everything would look certain.
 """
@@ -17,6 +18,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from surg_perception.surgllm.declined_examples import ALLOWED_EXAMPLES, DECLINED_EXAMPLES
+from surg_perception.surgllm.scope_probe import ScopeProbe, held_out
+
 WEIGHTS_NAME = "router.safetensors"
 FACTS_NAME = "router.json"
 JOINT = ""
@@ -28,6 +32,7 @@ MOST_QUESTIONS = 300
 _FOLDS = 5
 _WORDINGS_PER_FOLD = 2
 _STRENGTHS = (1.0, 10.0, 100.0)  # inverse regularisation, of which the folds choose one
+_FREE = ""  # the group of allowed questions that belong to no task
 _NEVER = 2.0  # no probability reaches it
 
 
@@ -51,11 +56,13 @@ class Route:
         task: the task's name, or `JOINT` where the probability is below the threshold.
         probability: of the best task, 0..1.
         best: the best task, also where it is not taken.
+        declined: the question is like those that are not to be answered; then the task is `JOINT`.
     """
 
     task: str
     probability: float
     best: str
+    declined: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,14 +74,16 @@ class RouterScores:
         accuracy: share of questions whose best task is the right one, threshold aside.
         routed: share of questions that are over the threshold.
         routed_accuracy: of those, the share that go to the right task; NaN where there are none.
-        tasks: names of the confusion's rows, and of its columns but the last.
-        confusion: int64 [K, K + 1]: true task, task picked; the last column is the joint adapter.
+        declined: share of questions taken for ones that are not to be answered.
+        tasks: names of the confusion's rows, and of its columns but the last two.
+        confusion: int64 [K, K + 2]: true task, task picked; the last columns are the joint adapter and declined ones.
     """
 
     questions: int
     accuracy: float
     routed: float
     routed_accuracy: float
+    declined: float
     tasks: tuple[str, ...]
     confusion: NDArray[np.int64]
 
@@ -87,8 +96,12 @@ class Router:
         tasks: K names.
         weights, bias: float32 [K, width] and [K]; probabilities are softmax(weights @ vector + bias).
         threshold: probability from which the best task is taken.
+        scope: tells questions that are not to be answered.
         held_out_accuracy: share of kept-back questions whose best task was the right one.
+        held_out_declined: share of kept-back questions to be declined that were.
+        held_out_refused: share of other kept-back questions that were declined.
         questions: the distinct questions of each task that it was fitted on.
+        declined, allowed: questions that are not to be answered, and others that are.
         encoder: what gives the sentence vectors.
     """
 
@@ -96,8 +109,13 @@ class Router:
     weights: NDArray[np.float32]
     bias: NDArray[np.float32]
     threshold: float
+    scope: ScopeProbe
     held_out_accuracy: float
+    held_out_declined: float
+    held_out_refused: float
     questions: Mapping[str, tuple[str, ...]]
+    declined: tuple[str, ...]
+    allowed: tuple[str, ...]
     encoder: Encoder
 
     @classmethod
@@ -107,6 +125,8 @@ class Router:
         encoder: Encoder,
         threshold: float | None = None,
         *,
+        declined: Sequence[str] = DECLINED_EXAMPLES,
+        allowed: Sequence[str] = ALLOWED_EXAMPLES,
         precision: float = 0.95,
         seed: int = 0,
     ) -> Router:
@@ -117,6 +137,8 @@ class Router:
             encoder: what gives the sentence vectors.
             threshold: None: the lowest one over which at least `precision` of the kept-back questions go right, but
                 not under 0.5, where the best task is more likely wrong than right.
+            declined: questions that are not to be answered, at least 2.
+            allowed: questions that are, of whatever task, beside those of `questions`, at least 2.
             precision: see threshold, 0..1.
             seed: of the grouping of similar questions.
 
@@ -127,36 +149,44 @@ class Router:
         few = [task for task, asked in kept.items() if len(asked) < 2]
         if len(kept) < 2 or few or JOINT in kept:
             raise RouterError(
-                f"A router needs two tasks or more, each with a name and two distinct questions; got {len(kept)} tasks"
-                + (f", too few questions for {', '.join(map(repr, few))}." if few else ".")
+                "A router needs two tasks or more, each with a name and two distinct questions; "
+                f"got {', '.join(map(repr, kept)) or 'none'}"
+                + (f", with too few questions for {', '.join(map(repr, few))}." if few else ".")
             )
         tasks = tuple(kept)
         labels = np.repeat(np.arange(len(tasks)), [len(kept[task]) for task in tasks])
         vectors = encoder.embed([question for task in tasks for question in kept[task]])
-        folds = np.concatenate([_folds(vectors[labels == k], seed) for k in range(len(tasks))])
-        tried = [(_held_out_logits(vectors, labels, folds, strength), strength) for strength in _STRENGTHS]
-        # Each strength at its own best temperature: regularisation shrinks the logits, which alone is no fault.
-        loss, temperature, strength, logits = min(
-            ((*_temperature(logits, labels), strength, logits) for logits, strength in tried), key=lambda entry: entry[0]
-        )
-        probabilities = _softmax(logits / temperature)
+        folds = [_folds(vectors[labels == k], seed) for k in range(len(tasks))]
+        weights, bias, logits = _calibrated(vectors, labels, np.concatenate(folds))
+        probabilities = _softmax(logits)
         right = probabilities.argmax(1) == labels
+        weight = _balance(labels)
         if threshold is None:
-            threshold = _threshold(probabilities.max(1), right, _balance(labels), precision)
-        weights, bias = _regression(vectors, labels, strength)
+            threshold = _threshold(probabilities.max(1), right, weight, precision)
+
+        declined, allowed = tuple(dict.fromkeys(declined)), tuple(dict.fromkeys(allowed))
+        out = encoder.embed(declined)
+        inside = {**{task: vectors[labels == k] for k, task in enumerate(tasks)}, _FREE: encoder.embed(allowed)}
+        caught, lost = held_out(out, inside, [*folds, _folds(inside[_FREE], seed), _folds(out, seed)])
         return cls(
             tasks,
-            (weights / temperature).astype(np.float32),
-            (bias / temperature).astype(np.float32),
+            weights.astype(np.float32),
+            bias.astype(np.float32),
             float(threshold),
-            float(np.average(right, weights=_balance(labels))),
+            ScopeProbe.fit(out, inside),
+            float(np.average(right, weights=weight)),
+            caught,
+            lost,
             kept,
+            declined,
+            allowed,
             encoder,
         )
 
     def with_task(self, task: str, questions: Sequence[str], threshold: float | None = None) -> Router:
-        """A router that knows one task more, or other questions for one; the other tasks' questions are its own."""
-        return Router.fit({**self.questions, task: questions}, self.encoder, threshold)
+        """A router that knows one task more, or other questions for one; all other questions are its own."""
+        asked = {**self.questions, task: questions}
+        return Router.fit(asked, self.encoder, threshold, declined=self.declined, allowed=self.allowed)
 
     def route(self, question: str) -> Route:
         """Where a question goes."""
@@ -164,11 +194,13 @@ class Router:
 
     def route_all(self, questions: Sequence[str]) -> list[Route]:
         """Where each question goes; one batch for the sentence encoder."""
-        probabilities = _softmax(self.encoder.embed(questions) @ self.weights.T + self.bias)
+        vectors = self.encoder.embed(questions)
+        probabilities = _softmax(vectors @ self.weights.T + self.bias)
         routes = []
-        for row in probabilities:
+        for row, declined in zip(probabilities, self.scope.margins(vectors) > 0, strict=True):
             best, probability = self.tasks[int(row.argmax())], float(row.max())
-            routes.append(Route(best if probability >= self.threshold else JOINT, probability, best))
+            task = best if probability >= self.threshold and not declined else JOINT
+            routes.append(Route(task, probability, best, bool(declined)))
         return routes
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> RouterScores:
@@ -181,17 +213,19 @@ class Router:
         if unknown or not pairs:
             raise RouterError(f"Expected questions about {', '.join(self.tasks)}; got {', '.join(unknown) or 'none'}.")
         routes = self.route_all([question for question, _ in pairs])
-        confusion = np.zeros((len(self.tasks), len(self.tasks) + 1), np.int64)
-        column = {**{task: k for k, task in enumerate(self.tasks)}, JOINT: len(self.tasks)}
+        count = len(self.tasks)
+        confusion = np.zeros((count, count + 2), np.int64)
+        column = {**{task: k for k, task in enumerate(self.tasks)}, JOINT: count}
         for (_, task), route in zip(pairs, routes, strict=True):
-            confusion[column[task], column[route.task]] += 1
-        routed = int(confusion[:, :-1].sum())
+            confusion[column[task], count + 1 if route.declined else column[route.task]] += 1
+        routed = int(confusion[:, :count].sum())
         best = sum(route.best == task for (_, task), route in zip(pairs, routes, strict=True))
         return RouterScores(
             len(pairs),
             best / len(pairs),
             routed / len(pairs),
             float(np.trace(confusion)) / routed if routed else float("nan"),
+            float(confusion[:, -1].sum()) / len(pairs),
             self.tasks,
             confusion,
         )
@@ -201,12 +235,23 @@ class Router:
         from safetensors.numpy import save_file
 
         weights, facts = Path(folder) / WEIGHTS_NAME, Path(folder) / FACTS_NAME
-        save_file({"weights": np.ascontiguousarray(self.weights), "bias": self.bias}, weights)
+        tensors = {
+            "weights": np.ascontiguousarray(self.weights),
+            "bias": self.bias,
+            "scope.support": self.scope.support.astype(np.float16),
+            "scope.weights": self.scope.weights,
+            "scope.bias": np.array([self.scope.bias], np.float32),
+        }
+        save_file(tensors, weights)
         content = {
             "tasks": self.tasks,
             "threshold": self.threshold,
             "held_out_accuracy": round(self.held_out_accuracy, 4),
+            "held_out_declined": round(self.held_out_declined, 4),
+            "held_out_refused": round(self.held_out_refused, 4),
             "questions": self.questions,
+            "declined": self.declined,
+            "allowed": self.allowed,
         }
         facts.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return weights, facts
@@ -229,17 +274,27 @@ class Router:
                 tensors["weights"],
                 tensors["bias"],
                 float(facts["threshold"]),
+                ScopeProbe(
+                    tensors["scope.support"].astype(np.float32),
+                    tensors["scope.weights"],
+                    float(tensors["scope.bias"][0]),
+                ),
                 float(facts["held_out_accuracy"]),
+                float(facts["held_out_declined"]),
+                float(facts["held_out_refused"]),
                 {str(task): tuple(asked) for task, asked in facts["questions"].items()},
+                tuple(facts["declined"]),
+                tuple(facts["allowed"]),
                 encoder,
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RouterError(f"No router in {folder}: {type(error).__name__}: {error}") from None
-        if router.weights.ndim != 2 or router.bias.shape != (len(router.weights),) or len(router.tasks) != len(router.bias):
-            raise RouterError(
-                f"{folder}: {FACTS_NAME} names {len(router.tasks)} tasks, {WEIGHTS_NAME} holds weights "
-                f"{list(router.weights.shape)} and bias {list(router.bias.shape)}."
-            )
+        shapes = [
+            list(part.shape) for part in (router.weights, router.bias, router.scope.support, router.scope.weights)
+        ]
+        count, width, size = len(router.tasks), router.weights.shape[-1], len(router.scope.weights)
+        if shapes != [[count, width], [count], [size, width], [size]]:
+            raise RouterError(f"{folder}: {FACTS_NAME} names {count} tasks; {WEIGHTS_NAME} holds tensors {shapes}.")
         return router
 
 
@@ -254,7 +309,7 @@ def _some_distinct(questions: Sequence[str]) -> tuple[str, ...]:
 
 
 def _folds(vectors: NDArray[np.float32], seed: int) -> NDArray[np.int64]:
-    """The fold in which each question of one task is kept back, int64 [n]: similar questions have the same one."""
+    """The fold in which each question of one kind is kept back, int64 [n]: similar questions have the same one."""
     from sklearn.cluster import KMeans
 
     groups = min(_FOLDS * _WORDINGS_PER_FOLD, len(vectors))
@@ -263,8 +318,25 @@ def _folds(vectors: NDArray[np.float32], seed: int) -> NDArray[np.int64]:
     fold_of = np.empty(groups, np.int64)
     fold_of[by_size] = np.arange(groups) % _FOLDS
     folds = fold_of[found]
-    # A task of near-equal questions must not be kept back as a whole.
+    # Near-equal questions must not be kept back as a whole.
     return folds if len(set(folds)) > 1 else np.arange(len(vectors)) % 2
+
+
+def _calibrated(
+    vectors: NDArray[np.float32], labels: NDArray[np.int64], folds: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Weights [K, width] and bias [K] of a regression on all questions, and the kept-back logits [n, K].
+
+    Both are divided by the temperature that suits the kept-back ones. Each strength is tried at its own temperature,
+    since regularisation shrinks the logits, which alone is no fault.
+    """
+    tried = []
+    for strength in _STRENGTHS:
+        logits = _held_out_logits(vectors, labels, folds, strength)
+        tried.append((*_temperature(logits, labels), strength, logits))
+    _, temperature, strength, logits = min(tried, key=lambda entry: entry[0])
+    weights, bias = _regression(vectors, labels, strength)
+    return weights / temperature, bias / temperature, logits / temperature
 
 
 def _balance(labels: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ it is finished. One encoder goes through all of them.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from surg_perception.data.clip_labels import open_clip_videos, split_groups
-from surg_perception.gsvit.trainer import TrainSettings
+from surg_perception.data.clip_labels import ClipVideo, open_clip_videos, split_groups
+from surg_perception.data.label_files import DatasetError
+from surg_perception.gsvit.trainer import TrainingError, TrainSettings, fit
+from surg_perception.models import ModelError, sha256_of
 from surg_perception.surgllm.alignment import ALIGNMENT_SETTINGS, AlignmentConfig, align
 from surg_perception.surgllm.base_models import find_base_model
 from surg_perception.surgllm.config import CONFIGS, SurgLLMConfig
@@ -33,9 +36,17 @@ from surg_perception.surgllm.model_folder import (
     save_surgllm,
 )
 from surg_perception.surgllm.prompt import Prompter
-from surg_perception.surgllm.questions import TASKS, Sample, make_captions, make_samples, read_samples, write_samples
+from surg_perception.surgllm.questions import (
+    TASKS,
+    Sample,
+    SampleError,
+    make_captions,
+    make_samples,
+    read_samples,
+    write_samples,
+)
 from surg_perception.surgllm.reconstruction import RECONSTRUCTION, ReconstructionOptions, reconstruct_pretrain
-from surg_perception.surgllm.router import Router
+from surg_perception.surgllm.router import Router, RouterError
 from surg_perception.surgllm.sentence_encoder import SentenceEncoder
 from surg_perception.surgllm.tuning import ADAPTING, TUNING, WARM_UP, Tokens, WarmUpTask, cached_tokens, tune
 
@@ -43,6 +54,8 @@ INTENDED_USE = (
     "Research: questions about the last seconds of laparoscopic cholecystectomy video. Not a medical device; answers "
     "can be wrong and must not decide about a patient or move a robot."
 )
+
+_PLAIN_TEXT = AlignmentConfig(start="", layers=2, fusion_layers=1)
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,7 @@ def train_surgllm(
 
     Raises:
         DatasetError, SampleError: data that cannot be used.
+        ValueError: tasks or other options that cannot be used.
         BaseModelMissing: files of a base model are not on this machine.
         TrainingError: as `fit`, or nothing to train on.
     """
@@ -112,11 +126,26 @@ def train_surgllm(
     config, seed = options.config, options.seed
     folder = out / "training"
     adapters_that_fit(options.tasks)
-    videos = [video for path in data for video in open_clip_videos(path, stills=options.stills)]
-    training, held_out = split_groups(videos, options.held_out)
+    if unknown := [task for task in options.tasks if task not in TASKS]:
+        raise ValueError(f"task {unknown[0]!r} found, expected some of {', '.join(TASKS)}; add others afterwards")
+    prompter, sentences = Prompter(config), SentenceEncoder()  # whose files may be missing: before all that takes long
+    base_models = _base_models(config)
+    videos = _clips(data, options.stills)
+    training, held_out = split_groups(videos, options.held_out) if options.held_out else (videos, [])
+    samples = make_samples(training, seed, options.per_task)
+    measured = make_samples(held_out, seed, options.validation_per_task) if held_out else []
+    more = make_samples(training, seed + 1, options.adapter_per_task)
+    asked = [task for task in options.tasks if any(sample.task == task for sample in more)]
+    if len(asked) < 2:
+        raise TrainingError(
+            f"questions of {', '.join(asked) or 'no task'} can be made from these labels, expected two tasks or more, "
+            "between which the router chooses (docs/questions.md says which labels each task needs)"
+        )
     threads = options.tuning.threads
     if threads:
         torch.set_num_threads(threads)
+    # The backward pass of the CPU's fused attention takes several times as long as plain matrix products.
+    torch.backends.cuda.enable_flash_sdp(torch.cuda.is_available())
     console.print(f"{sum(map(len, training))} s of {len({v.video for v in training})} videos to train on")
 
     console.rule("Surg-Pretrain A: instrument-centric masked reconstruction")
@@ -148,12 +177,10 @@ def train_surgllm(
         features = cached_features(
             encoder, videos, cache, lambda done, all: progress.update(bar, completed=done, total=all)
         )
-    text = options.text or AlignmentConfig(
-        start=config.qformer.start, **({} if config.qformer.start else {"layers": 2, "fusion_layers": 1})
-    )
+    text = options.text or (AlignmentConfig(config.qformer.start) if config.qformer.start else _PLAIN_TEXT)
     encoder = align(
         encoder,
-        make_captions(training, seed, stride_s=1),
+        make_captions(training, seed),
         features,
         replace(options.alignment, seed=seed),
         folder / "b_alignment",
@@ -172,8 +199,6 @@ def train_surgllm(
             lambda done, all: progress.update(bar, completed=done, total=all),
         )
 
-    samples = make_samples(training, seed, options.per_task)
-    measured = make_samples(held_out, seed, options.validation_per_task) if held_out else []
     write_samples(folder / "questions.json", samples)
     torch.manual_seed(seed)
     model = SurgLLM(config, fast_dtype() if config.language_model != "tiny" else torch.float32)
@@ -181,13 +206,9 @@ def train_surgllm(
     if config.qformer.start:
         start_qformer(model.qformer, config.qformer)
     model.language_model.add_adapter(JOINT)
-    prompter = Prompter(config)
-    sentences = SentenceEncoder()
 
     console.rule("TM-Tuning: warm-up of the Q-Former")
     warm_up = WarmUpTask(model, prompter, samples, tokens, sentences.embed, measured)
-    from surg_perception.gsvit.trainer import fit
-
     fit(warm_up, replace(options.warm_up, seed=seed), folder / "c_warm_up", resume=resume, console=console)
 
     console.rule("TM-Tuning: all tasks together")
@@ -203,7 +224,6 @@ def train_surgllm(
         resume=resume,
         console=console,
     )
-    more = make_samples(training, seed + 1, options.adapter_per_task)
     for task in options.tasks:
         _adapt(model, prompter, task, more, measured, tokens, options, folder, resume, console)
 
@@ -217,13 +237,13 @@ def train_surgllm(
         version="0.1.0",
         config=config,
         tasks=tuple(adapted),
-        base_models=_base_models(config),
+        base_models=base_models,
         metrics={
             "router_held_out_accuracy": round(router.held_out_accuracy, 4),
-            **({"reconstruction": {k: round(v, 4) for k, v in reconstruction_figures.items()}}),
+            "reconstruction": {k: round(v, 4) for k, v in reconstruction_figures.items()},
         },
         training={
-            "data": list(data),
+            "data": _names(data),
             "videos": sorted({video.video for video in training}),
             "held_out": list(options.held_out),
             "seconds": sum(map(len, training)),
@@ -273,20 +293,36 @@ def add_task(
         stills, resume, console: as `train_surgllm`.
 
     Raises:
-        ModelError: no such model.
+        ModelError: no such model, or one whose files are missing, damaged or do not fit.
+        ValueError: a name that no task can have.
         SampleError, DatasetError: questions or data that cannot be used.
+        BaseModelMissing: files of a base model are not on this machine.
         TrainingError: as `fit`.
     """
     console = console or Console()
     adapters_that_fit([task])
     card = find_surgllm(model)
-    videos = [video for path in data for video in open_clip_videos(path, stills=stills)]
+    videos = _clips(data, stills)
     samples = [replace(sample, task=task) for sample in read_samples(questions, task=task, videos=videos)]
+    if len({sample.question for sample in samples}) < 2:
+        raise SampleError(f"{questions}: fewer than two different questions found, from which the router cannot learn")
+    longest_s = card.config.segment_frames * card.config.max_segments
+    for sample in samples:
+        if sample.end_s - sample.start_s > longest_s:
+            raise SampleError(
+                f"{questions}: {sample.id} is about {sample.end_s - sample.start_s} s, {card.name} sees at most "
+                f"{longest_s} s; give start_s and end_s"
+            )
+    surgllm = open_surgllm(card)
+    try:
+        router = Router.load(card.folder, SentenceEncoder())
+    except RouterError as error:
+        raise ModelError(str(error)) from error
+    router = router.with_task(task, [sample.question for sample in samples])
     names = {sample.video for sample in samples}
     used = [video for video in videos if video.name in names]
-    surgllm = open_surgllm(card)
     features = cached_features(surgllm.encoder, used, cache)
-    tokens = cached_tokens(surgllm.encoder, features, card.config.segment_frames, cache)
+    tokens = cached_tokens(surgllm.encoder, features, card.config.segment_frames, cache, samples=samples)
     if task in surgllm.language_model.adapters:
         weights = surgllm.language_model.adapter_weights(JOINT)
         surgllm.language_model.load_adapter_weights(task, weights)
@@ -301,12 +337,12 @@ def add_task(
         resume=resume,
         console=console,
     )
-    router = Router.load(card.folder, SentenceEncoder()).with_task(task, [sample.question for sample in samples])
-    added = {"task": task, "questions": len(samples), "questions_sha256": _sha256(questions), "data": list(data)}
+    added = {"task": task, "questions": len(samples), "questions_sha256": sha256_of(questions), "data": _names(data)}
     card = replace(
         card,
         folder=out,
         name=out.resolve().name,
+        metrics={**card.metrics, "router_held_out_accuracy": round(router.held_out_accuracy, 4)},
         training={**card.training, "added_tasks": [*card.training.get("added_tasks", []), added]},
         licence=card.licence if licence_of(data) == "Apache-2.0" else licence_of(data),
     )
@@ -322,12 +358,29 @@ def open_surgllm(card: SurgLLMCard) -> SurgLLM:
         BaseModelMissing: files of a base model are not on this machine.
     """
     stored, adapters = load_weights(card)
-    model = SurgLLM(card.config, fast_dtype() if card.config.language_model != "tiny" else torch.float32)
-    model.load_stored_weights(stored)
-    for name, weights in adapters.items():
-        model.language_model.add_adapter(name)
-        model.language_model.load_adapter_weights(name, weights)
+    try:
+        model = SurgLLM(card.config, fast_dtype() if card.config.language_model != "tiny" else torch.float32)
+        model.load_stored_weights(stored)
+        for name, weights in adapters.items():
+            model.language_model.add_adapter(name)
+            model.language_model.load_adapter_weights(name, weights)
+    except ValueError as error:
+        raise ModelError(f"{card.folder}: {error}") from error
     return model
+
+
+def _clips(data: Sequence[str], stills: bool) -> list[ClipVideo]:
+    """Clips of all data sets, each with a name of its own."""
+    videos = [video for path in data for video in open_clip_videos(path, stills=stills)]
+    counts = Counter(video.name for video in videos)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise DatasetError(f"{len(twice)} clips are in the data twice, first {twice[0]}; expected each once")
+    return videos
+
+
+def _names(data: Sequence[str]) -> list[str]:
+    """What the card says of the data: no folder of this machine."""
+    return [source if source.startswith("phantom:") else Path(source).resolve().name for source in data]
 
 
 def _adapt(
@@ -362,17 +415,13 @@ def _adapt(
 
 
 def _base_models(config: SurgLLMConfig) -> dict[str, str]:
-    """sha256 of the weights of the base models."""
+    """sha256 of the weights of the base models; of several files, that of their sha256 in the order of their names."""
     found = {}
     for name in (config.language_model, config.qformer.start):
         if name not in ("", "tiny"):
-            found[name] = _sha256(find_base_model(name) / "model.safetensors")
+            folder = find_base_model(name)
+            files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+            digests = [sha256_of(file) for file in files]
+            joined = "".join(digests).encode()
+            found[name] = digests[0] if len(digests) == 1 else hashlib.sha256(joined).hexdigest()
     return found
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

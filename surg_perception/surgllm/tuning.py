@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from surg_perception.gsvit.trainer import Task, TrainSettings, fit
 from surg_perception.surgllm.encoder import VideoEncoder
+from surg_perception.surgllm.feature_cache import write_array
 from surg_perception.surgllm.language_model import JOINT
 from surg_perception.surgllm.model import QFormer, SurgLLM
 from surg_perception.surgllm.prompt import Prompted, Prompter, Span
@@ -74,7 +75,8 @@ _ORDER_CHUNK = 16  # batches whose samples are sorted by length together
 _ENCODED_AT_ONCE = 16
 
 Tokens = Mapping[str, NDArray[np.float16]]
-"""For each clip's name [seconds, N, width]: row s holds the tokens of the segment that begins at second s."""
+"""For each clip's name [seconds, N, width]: row s holds the tokens of the whole segment that begins at second s; for
+`<name>/<n>` those of the segment of n frames, where windows need shorter ones."""
 
 
 def segments_of(start_s: int, end_s: int, frames: int) -> list[tuple[int, int]]:
@@ -92,51 +94,76 @@ def spans_of(segments: Sequence[tuple[int, int]]) -> list[Span]:
     return [(start - first, end - first) for start, end in segments]
 
 
-@torch.no_grad()
 def cached_tokens(
     encoder: VideoEncoder,
     features: Mapping[str, NDArray[np.float16]],
     frames: int,
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
+    samples: Sequence[Sample] = (),
 ) -> dict[str, NDArray[np.float16]]:
     """The encoder's tokens of the segment that begins at each second, as memory maps that are written once.
 
-    Near a clip's end the last frame is repeated, as it is for a segment that is not full.
+    In a segment that is not full the last frame is repeated, as `answering.Assistant.encode` does.
 
     Args:
         encoder: trained; not trained further.
         features: of `feature_cache.cached_features`.
         frames: of a segment.
         cache: folder; 150 kB a second for the model `small`.
-        progress: called with (seconds done, seconds of all clips).
+        progress: called with (seconds done, seconds of all).
+        samples: whose windows' shorter segments are wanted too.
+
+    Returns:
+        See `Tokens`. A file is found again while encoder, features and length of segments stay the same.
+
+    Raises:
+        DatasetError: the disk is full.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr((encoder.config, frames)).encode())
     for key, value in encoder.state_dict().items():
         digest.update(key.encode() + value.cpu().numpy().tobytes())
     folder = cache / f"tokens-{digest.hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    encoder.eval()
-    total, done = sum(map(len, features.values())), 0
+    shorter = {
+        (sample.video, end - start)
+        for sample in samples
+        for start, end in segments_of(sample.start_s, sample.end_s, frames)
+        if end - start < frames
+    }
+    wanted = [(name, name, frames) for name in features] + [(f"{name}/{n}", name, n) for name, n in sorted(shorter)]
+    total, done = sum(len(features[name]) for _, name, _ in wanted), 0
     found: dict[str, NDArray[np.float16]] = {}
-    for name, maps in features.items():
-        file = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{len(maps)}.npy"
+    for key, name, shown in wanted:
+        maps = features[name]
+        content = hashlib.sha256(np.ascontiguousarray(maps).tobytes()).hexdigest()
+        file = folder / f"{content[:24]}-{shown}.npy"
         if not file.exists():
-            rows = []
-            for first in range(0, len(maps), _ENCODED_AT_ONCE):
-                starts = np.arange(first, min(first + _ENCODED_AT_ONCE, len(maps)))
-                seconds = np.minimum(starts[:, None] + np.arange(frames), len(maps) - 1)
-                clips = torch.from_numpy(maps[seconds]).float().transpose(1, 2)
-                with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
-                    rows.append(encoder.encode(clips).half().numpy())
-            partial = file.with_suffix(".partial.npy")
-            np.save(partial, np.concatenate(rows))
-            partial.replace(file)
-        found[name] = np.load(file, mmap_mode="r")
+            write_array(file, _segment_tokens(encoder, maps, frames, shown), name)
+        found[key] = np.load(file, mmap_mode="r")
         done += len(maps)
         if progress:
             progress(done, total)
     return found
+
+
+@torch.no_grad()
+def _segment_tokens(encoder: VideoEncoder, maps: NDArray[np.float16], frames: int, shown: int) -> NDArray[np.float16]:
+    """[seconds, N, width] of features [seconds, C, h, w]; of each segment `shown` frames are seen."""
+    encoder.eval()
+    steps = np.minimum(np.arange(frames), shown - 1)
+    rows = []
+    for first in range(0, len(maps), _ENCODED_AT_ONCE):
+        starts = np.arange(first, min(first + _ENCODED_AT_ONCE, len(maps)))
+        seconds = np.minimum(starts[:, None] + steps, len(maps) - 1)
+        clips = torch.from_numpy(maps[seconds]).float().transpose(1, 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+            rows.append(encoder.encode(clips).half().numpy())
+    return np.concatenate(rows)
+
+
+def _rows(tokens: Tokens, video: str, segments: Sequence[tuple[int, int]], frames: int) -> list[NDArray[np.float16]]:
+    """Tokens of segments of a clip, each [N, width]."""
+    return [tokens[video if end - start == frames else f"{video}/{end - start}"][start] for start, end in segments]
 
 
 class TuningTask(Task):
@@ -180,6 +207,8 @@ class TuningTask(Task):
 
     def order(self, epoch: int, rng: np.random.Generator) -> NDArray[np.int64]:
         order = rng.permutation(self.samples)
+        if not len(order):
+            return order
         length = np.array([sample.end_s - sample.start_s for sample in self.training])
         batches: list[NDArray[np.int64]] = []
         for first in range(0, len(order), _ORDER_CHUNK * self.batch_size):
@@ -199,16 +228,19 @@ class TuningTask(Task):
     def end_of_epoch(self, epoch: int, module: nn.Module, folder: Path) -> dict[str, float]:
         if not self.validation:
             return {}
-        by_task: dict[str, list[float]] = {}
-        ordered = sorted(self.validation, key=lambda sample: (sample.task, sample.end_s - sample.start_s))
-        for first in range(0, len(ordered), self.batch_size):
-            chunk = ordered[first : first + self.batch_size]
-            device = next(module.parameters()).device
-            with torch.autocast(device.type, torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
-                loss = float(module({key: value.to(device) for key, value in self._tensors(chunk).items()}))
-            for sample in chunk:
-                by_task.setdefault(sample.task, []).append(loss)
-        return {f"loss_{task}": float(np.mean(losses)) for task, losses in by_task.items()}
+        device = next(module.parameters()).device
+        figures = {}
+        for task in sorted({sample.task for sample in self.validation}):
+            own = [sample for sample in self.validation if sample.task == task]
+            own.sort(key=lambda sample: sample.end_s - sample.start_s)
+            total = 0.0
+            for first in range(0, len(own), self.batch_size):
+                chunk = own[first : first + self.batch_size]
+                batch = {key: value.to(device) for key, value in self._tensors(chunk).items()}
+                with torch.autocast(device.type, torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+                    total += float(module(batch)) * len(chunk)
+            figures[f"loss_{task}"] = total / len(own)
+        return figures
 
     def _tensors(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         frames = self.prompter.config.segment_frames
@@ -218,9 +250,9 @@ class TuningTask(Task):
             for sample, window in zip(samples, windows, strict=True)
         ]
         rows = [
-            self.tokens[sample.video][start]
+            row
             for sample, window in zip(samples, windows, strict=True)
-            for start, _ in window
+            for row in _rows(self.tokens, sample.video, window, frames)
         ]
         return {**self.prompter.batch(items), "segments": torch.from_numpy(np.stack(rows))}
 
@@ -302,10 +334,14 @@ class WarmUpTask(Task):
         return {"answer_found": float(np.mean(right)), "answer_found_majority": float(counts.max() / counts.sum())}
 
     def _tensors(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        spans = [(0.0, float(min(self.frames, sample.end_s - sample.start_s))) for sample in samples]
-        items = [Prompted(sample.question, [span]) for sample, span in zip(samples, spans, strict=True)]
+        last = [segments_of(sample.start_s, sample.end_s, self.frames)[-1:] for sample in samples]
+        items = [Prompted(sample.question, spans_of(window)) for sample, window in zip(samples, last, strict=True)]
         asked = self.prompter.batch(items)
-        rows = [self.tokens[s.video][max(s.start_s, s.end_s - self.frames)] for s in samples]
+        rows = [
+            row
+            for sample, window in zip(samples, last, strict=True)
+            for row in _rows(self.tokens, sample.video, window, self.frames)
+        ]
         return {
             "question_ids": asked["question_ids"],
             "question_attention": asked["question_attention"],
