@@ -33,9 +33,10 @@ lint: setup-test ## Style, types, import rules, package.xml
 test: setup-test lint ## All checks and tests
 	@$(IN_ENVIRONMENT) ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST python -m pytest $(PYTEST_ARGS)
 
-bench: setup-test ## Timings of the models and of the pipeline: tables, and JSON in out/
+bench: setup-test ## Timings of the models, the pipeline and the answers: tables, and JSON in out/
 	@$(IN_ENVIRONMENT) python benchmarks/bench_models.py
 	@$(IN_ENVIRONMENT) python benchmarks/bench_pipeline.py
+	@$(IN_ENVIRONMENT) python benchmarks/bench_surgllm.py
 
 clean: ## Removes what builds and runs leave behind; keeps downloads
 	rm -rf build install log out test_results .setup/workspace.stamp *.egg-info

@@ -21,6 +21,8 @@ import yaml
 from surg_perception.data.labels import LABEL_SETS
 
 CARD_NAME = "model.yaml"
+SURGLLM = "surgllm"
+"""`architecture` on the card of a SurgLLM."""
 SEARCH_PATH_VARIABLE = "SURG_PERCEPTION_MODELS"
 _PACKAGE = "surg_perception"
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -31,6 +33,10 @@ _logger = logging.getLogger("surg_perception.models")
 
 class ModelError(ValueError):
     """A model that cannot be found, read or trusted: what was found, what was expected and what to do."""
+
+
+class OtherModel(ModelError):
+    """A SurgLLM where a phase model was expected (`surgllm.model_folder.find_surgllm` opens it)."""
 
 
 @dataclass(frozen=True)
@@ -312,6 +318,8 @@ def read_card(folder: str | Path) -> ModelCard:
         raise ModelError(f"{folder} is no model folder: it has no {CARD_NAME}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ModelError(f"{path} cannot be read as YAML: {error}") from error
+    if isinstance(content, Mapping) and content.get("architecture") == SURGLLM:
+        raise OtherModel(f"{folder} holds a SurgLLM, which answers questions (node vqa), and no phase model")
     return _card_from(_Table(path, "", content), folder)
 
 
@@ -355,11 +363,13 @@ def find_model(name_or_path: str | Path) -> ModelCard:
 
 
 def list_models() -> list[ModelCard]:
-    """The models that `find_model` finds by name, in its order; unreadable cards are logged and left out."""
+    """The phase models that `find_model` finds by name, in its order; unreadable cards are logged and left out."""
     cards: dict[str, ModelCard] = {}
     for folder in _model_folders():
         try:
             cards.setdefault(folder.name, read_card(folder))
+        except OtherModel:
+            continue
         except ModelError as error:
             _logger.warning("%s", error)
     return list(cards.values())

@@ -312,6 +312,7 @@ def _phase(options: argparse.Namespace) -> int:
 # Stages of SurgLLM: option, field of SurgLLMOptions, what it is.
 _SURGLLM_STAGES = (
     ("reconstruct", "reconstruction", "masked reconstruction"),
+    ("ground", "grounding", "grounding of the encoder's tokens"),
     ("align", "alignment", "alignment with captions"),
     ("warm-up", "warm_up", "the Q-Former's warm-up"),
     ("tune", "tuning", "joint tuning"),

@@ -14,8 +14,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -25,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 
 from surg_perception.gsvit.trainer import Task, TrainSettings, fit
@@ -303,24 +301,6 @@ class AlignmentNetwork(nn.Module):
         }
 
 
-@contextmanager
-def attention_for_training(device: torch.device) -> Iterator[None]:
-    """Attention by matrix products on a CPU.
-
-    There, PyTorch's fused attention has a backward pass that takes 4 to 12 times as long in bfloat16.
-    """
-    if device.type != "cpu":
-        yield
-        return
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # of the CPU too, in spite of its place
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
-
-
 def contrastive_loss(similarity: Tensor, positive: Tensor) -> Tensor:
     """InfoNCE in both directions, whose target is spread evenly over all that is true (Radford et al., 2103.00020).
 
@@ -467,8 +447,7 @@ class AlignmentTask(Task):
         return torch.tensor([[what in self._true[c.video, c.start_s] for what in meanings] for c in clips])
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        with attention_for_training(batch["ids"].device):
-            found = module(**batch)
+        found = module(**batch)
         parts = ("contrastive", "matching", "words")
         total = sum(weight * found[part] for weight, part in zip(self.config.weights, parts, strict=True))
         return total, {name: float(value.detach()) for name, value in found.items()}

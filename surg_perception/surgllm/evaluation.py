@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from surg_perception.data.clip_labels import ClipVideo
 from surg_perception.stream.image_decode import resize_to_model_input
+from surg_perception.surgllm.question_check import QuestionRefused, check_question
 from surg_perception.surgllm.questions import Sample
 from surg_perception.surgllm.router import Route
 from surg_perception.surgllm.text_metrics import (
@@ -34,7 +35,7 @@ from surg_perception.surgllm.text_metrics import (
 )
 
 CONDITIONS: Mapping[str, str] = {
-    "routed": "the router picks the adapter: what a user gets",
+    "routed": "the router picks the adapter: what a user gets; nothing where the question is refused",
     "oracle": "the adapter of the sample's own task",
     "joint": "the joint adapter alone",
     "blank": "as routed, with black frames in place of the video",
@@ -106,7 +107,7 @@ class Evaluation:
 
 
 class _Job(NamedTuple):
-    """One answer to generate."""
+    """One answer to generate; adapter "" where the question is refused."""
 
     sample: int
     adapter: str
@@ -153,11 +154,13 @@ def evaluate(
     questions = list(dict.fromkeys(sample.question for sample in samples))
     routed = dict(zip(questions, assistant.router.route_all(questions), strict=True))
     routes = [routed[sample.question] for sample in samples]
+    refused = [route.declined or _is_refused(sample.question) for sample, route in zip(samples, routes, strict=True)]
+    picked = ["" if no else route.task or JOINT for route, no in zip(routes, refused, strict=True)]
     adapters = {
-        "routed": [route.task or JOINT for route in routes],
+        "routed": picked,
         "oracle": [sample.task for sample in samples],
         "joint": [JOINT] * len(samples),
-        "blank": [route.task or JOINT for route in routes],
+        "blank": picked,
     }
     jobs = {
         name: [_Job(i, adapter, name == "blank") for i, adapter in enumerate(adapters[name])] for name in conditions
@@ -168,7 +171,7 @@ def evaluate(
         "videos": {name: clips[name].fingerprint() for name in sorted({sample.video for sample in samples})},
     }
     store = _Store(out / f"answers_{_sha256([inputs])[:16]}.jsonl", samples)
-    wanted = list(dict.fromkeys(job for name in conditions for job in jobs[name]))
+    wanted = list(dict.fromkeys(job for name in conditions for job in jobs[name] if job.adapter))
     for job, answer in _generated(assistant, samples, clips, [job for job in wanted if job not in store], batch):
         store.add(job, answer)
         if progress is not None:
@@ -178,7 +181,7 @@ def evaluate(
     fit_for_majority = [sample for sample in train if sample.group not in evaluated]
     if train and not fit_for_majority:
         raise EvaluationError("every training sample is of an evaluated video: give samples of other videos as train")
-    answers = {name: [store.answers[job] for job in jobs[name]] for name in conditions}
+    answers = {name: [store.answers[job] if job.adapter else "" for job in jobs[name]] for name in conditions}
     answers |= majority_answers(fit_for_majority or samples, samples)
     scores, captions = _scored(samples, answers)
     model = next(name for name in CONDITIONS if name in conditions)
@@ -191,9 +194,9 @@ def evaluate(
         "majority_from": f"{len(fit_for_majority)} training samples" if train else "the evaluated samples themselves",
         "tasks": {
             task: _task_results(samples, answers, scores, captions.get(task), where, model, seed)
-            for task, where in _by(samples, lambda sample: sample.task).items()
+            for task, where in sorted(_by(samples, lambda sample: sample.task).items())
         },
-        "router": _router_results(samples, routes, assistant.tasks),
+        "router": _router_results(samples, routes, refused, assistant.tasks),
         "video_fingerprints": inputs["videos"],
         "machine": _machine(),
     }
@@ -467,20 +470,32 @@ def _kind_metrics(
     return {"mean_iou": mean, "iou_50": float((scores[where] >= 0.5).mean()), **readable}
 
 
-def _router_results(samples: Sequence[Sample], routes: Sequence[Route], tasks: Sequence[str]) -> dict[str, Any]:
-    """Rows of the confusion are tasks of the samples, columns what was picked, the last of them the joint adapter."""
+def _router_results(
+    samples: Sequence[Sample], routes: Sequence[Route], refused: Sequence[bool], tasks: Sequence[str]
+) -> dict[str, Any]:
+    """Rows of the confusion are tasks of the samples, columns what was picked; then the joint adapter, then refused."""
     names = sorted({*tasks, *(sample.task for sample in samples), *(route.best for route in routes)})
-    confusion = np.zeros((len(names), len(names) + 1), np.int64)
-    for sample, route in zip(samples, routes, strict=True):
-        confusion[names.index(sample.task), names.index(route.task) if route.task else -1] += 1
-    picked = int(confusion[:, :-1].sum())
+    column = {**{name: i for i, name in enumerate(names)}, "": len(names)}
+    confusion = np.zeros((len(names), len(names) + 2), np.int64)
+    for sample, route, no in zip(samples, routes, refused, strict=True):
+        confusion[column[sample.task], -1 if no else column[route.task]] += 1
+    picked = int(confusion[:, : len(names)].sum())
     return {
         "accuracy": float(np.mean([route.best == sample.task for sample, route in zip(samples, routes, strict=True)])),
         "picked": picked / len(samples),
         "picked_accuracy": float(confusion.trace() / picked) if picked else None,
+        "refused": float(np.mean(refused)),
         "tasks": names,
         "confusion": confusion.tolist(),
     }
+
+
+def _is_refused(question: str) -> bool:
+    try:
+        check_question(question)
+    except QuestionRefused:
+        return True
+    return False
 
 
 def _most_frequent(train: Sequence[Sample], where: Sequence[int]) -> str:

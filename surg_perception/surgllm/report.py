@@ -65,7 +65,7 @@ def write_report(
         videos: clips that the samples are about.
         out: folder.
         source: what was evaluated on what, for the title.
-        per_task: examples of each task, half of them right where there are enough; drawn by chance.
+        per_task: examples of each task, half of them right where there are enough, drawn by chance; 0 for none.
         seed: of that.
     """
     out = Path(out)
@@ -77,7 +77,8 @@ def write_report(
         old.unlink()
     sheets: dict[str, str] = {}
     clips = {video.name: video for video in videos}
-    for task, chosen in choose_examples(evaluation, per_task, seed).items():
+    examples = choose_examples(evaluation, per_task, seed) if per_task else {}
+    for task, chosen in examples.items():
         name = "".join(letter if letter.isalnum() else "_" for letter in task)
         sheets[task] = f"examples/{len(sheets) + 1}_{name}.png"
         plot_examples(out / sheets[task], evaluation, clips, chosen)
@@ -90,7 +91,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     """Scores by task beside the baselines, for a terminal of 80 columns."""
     table = Table(title=f"{results['model']}: {results['samples']} questions", title_justify="left", box=SIMPLE_HEAD)
     table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
-    head, rows = _task_rows(results)
+    head, rows = _task_rows(results, interval=False)
     for i, name in enumerate(head):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
@@ -166,9 +167,9 @@ def plot_router(path: str | Path, router: Mapping[str, Any]) -> None:
     sizes = counts.sum(axis=1, keepdims=True)
     shares = 100.0 * np.divide(counts, sizes, out=np.zeros_like(counts), where=sizes > 0)
     names = router["tasks"]
-    columns = [*names, "joint adapter"]
+    columns = [*names, "joint adapter", "refused"]
     side = 2.4 + 0.72 * len(names)
-    fig = Figure(figsize=(side + 1.5, side), dpi=150, layout="constrained", facecolor="white")
+    fig = Figure(figsize=(side + 2.2, side), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(fig)
     ax = fig.add_subplot()
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=100)
@@ -228,17 +229,18 @@ def _example_lines(evaluation: Evaluation, i: int) -> list[tuple[str, str, str]]
     else:
         verdict, colour = ("right", _GREEN) if score >= RIGHT else ("wrong", _RED)
     found = [
-        (f"{sample.question}   [{sample.video}, seconds {sample.start_s} to {sample.end_s}]", TEXT, "bold"),
+        (f"{sample.question}   [{sample.video}, seconds {sample.start_s} to {sample.end_s - 1}]", TEXT, "bold"),
         (f"truth: {sample.answer}", TEXT, "normal"),
         (f"answer: {evaluation.answers[model][i] or '(nothing)'}   ({verdict})", colour, "normal"),
     ]
     if "blank" in evaluation.answers:
         found.append((f"video blanked: {evaluation.answers['blank'][i] or '(nothing)'}", QUIET, "normal"))
-    # "$" would begin a formula.
     return [
-        (part.replace("$", r"\$"), colour, weight)
+        (part.replace("$", r"\$"), colour, weight)  # "$" would begin a formula
         for words, colour, weight in found
-        for part in textwrap.wrap(words, 140, subsequent_indent="    ")
+        for part in textwrap.wrap(
+            "".join(letter if letter.isprintable() else "·" for letter in words), 140, subsequent_indent="    "
+        )
     ]
 
 
@@ -272,9 +274,10 @@ def _report(results: Mapping[str, Any], source: str) -> list[str]:
         "",
         "Percent right (closed answers exactly, seconds within 1 s) with interval answers at their IoU; for captions "
         "CIDEr. In brackets the 95 % interval. *Beats both*: more than the task's majority answer and than the same "
-        "model with the video blanked; *surely* where the 95 % intervals of both differences are above 0.",
+        "model with the video blanked; *surely* where the 95 % intervals of both differences are above 0; "
+        "*not by type*: the majority answer of each type of question is as good or better.",
         "",
-        *_table(*_task_rows(results)),
+        *_table(*_task_rows(results, interval=True)),
         "",
         "![Scores by task](pictures/tasks.png)",
         "",
@@ -344,7 +347,7 @@ def _report(results: Mapping[str, Any], source: str) -> list[str]:
         f"The router's best task is the question's for {100 * router['accuracy']:.1f} % of the questions. It was sure "
         f"enough to pick one for {100 * router['picked']:.1f} %"
         + (f", of which {100 * router['picked_accuracy']:.1f} % went right" if router["picked"] else "")
-        + "; the joint adapter answers the rest.",
+        + f"; {100 * router['refused']:.1f} % were refused as out of scope; the joint adapter answers the rest.",
         "",
         "![Router](pictures/router.png)",
         "",
@@ -361,17 +364,18 @@ def _report(results: Mapping[str, Any], source: str) -> list[str]:
     return lines
 
 
-def _task_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _task_rows(results: Mapping[str, Any], *, interval: bool) -> tuple[list[str], list[list[str]]]:
     names = [results["model_condition"], *(n for n in ("blank", *BASELINES) if n in results["conditions"])]
     rows = []
     for task, one in results["tasks"].items():
         margins = [one["margins"][name] for name in ("majority", "blank") if name in one["margins"]]
         surely = ", surely" if all(margin["low"] > 0 for margin in margins) else ""
         verdict = {None: "–", False: "**no**", True: f"yes{surely}"}[one["beats_both"]]
+        if one["beats_both"] and one["margins"]["majority_type"]["mean"] <= 0:
+            verdict += " (not by type)"
         label = f"{task} (CIDEr)" if one["metric"] == "cider" else task
-        rows.append(
-            [label, str(one["samples"]), *(_estimate(one["scores"][name], one["metric"]) for name in names), verdict]
-        )
+        scores = [_estimate(one["scores"][name], one["metric"], interval=interval) for name in names]
+        rows.append([label, str(one["samples"]), *scores, verdict])
     return ["task", "n", *(NAMES[name] for name in names), "beats both"], rows
 
 
@@ -389,11 +393,10 @@ def _examples_page(
     ]
 
 
-def _estimate(value: Mapping[str, float], metric: str, sign: str = "") -> str:
-    if metric == "cider":
-        return f"{value['mean']:{sign}.2f} ({value['low']:.2f} to {value['high']:.2f})"
-    mean, low, high = (100.0 * value[key] for key in ("mean", "low", "high"))
-    return f"{mean:{sign}.1f} ({low:.0f} to {high:.0f})"
+def _estimate(value: Mapping[str, float], metric: str, *, sign: str = "", interval: bool = True) -> str:
+    scale, digits, fewer = (1.0, 2, 2) if metric == "cider" else (100.0, 1, 0)
+    mean, low, high = (scale * value[key] for key in ("mean", "low", "high"))
+    return f"{mean:{sign}.{digits}f}" + (f" ({low:.{fewer}f} to {high:.{fewer}f})" if interval else "")
 
 
 def _metric(name: str, value: float) -> str:

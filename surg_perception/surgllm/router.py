@@ -370,7 +370,7 @@ def _held_out_logits(
 
 
 def _temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, float]:
-    """The least loss (mean negative log-likelihood) and the temperature that gives it (Guo et al., arXiv 1706.04599)."""
+    """The least mean negative log-likelihood and the temperature that gives it (Guo et al., arXiv 1706.04599)."""
     weights = _balance(labels)
 
     def loss(temperature: float) -> float:

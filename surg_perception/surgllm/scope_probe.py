@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which questions are not to be answered, by likeness to examples: what the rules of question_check.py do not spell out.
+"""Which questions are not to be answered, by likeness to examples: what the rules of question_check.py leave out.
 
 A support vector machine with a Gaussian kernel on sentence vectors. It is local: a question is declined for being near
 the declined examples, not for one word of theirs.

@@ -26,6 +26,7 @@ from surg_perception.surgllm.base_models import find_base_model
 from surg_perception.surgllm.config import CONFIGS, SurgLLMConfig
 from surg_perception.surgllm.encoder import VideoEncoder, load_stem_weights
 from surg_perception.surgllm.feature_cache import cached_clip_frames, cached_features
+from surg_perception.surgllm.grounding import GROUNDING, ground
 from surg_perception.surgllm.language_model import JOINT, adapters_that_fit, fast_dtype
 from surg_perception.surgllm.model import SurgLLM, start_qformer
 from surg_perception.surgllm.model_folder import (
@@ -71,7 +72,7 @@ class SurgLLMOptions:
         tasks: with an adapter of their own.
         seed: of questions and weights.
         stills: also train on frames without neighbours in time (`open_clip_videos`).
-        reconstruction, alignment, warm_up, tuning, adapting: settings of the stages.
+        reconstruction, grounding, alignment, warm_up, tuning, adapting: settings of the stages.
         masking: what the first stage hides.
         text: of the second stage; None for what fits `config`.
     """
@@ -85,6 +86,7 @@ class SurgLLMOptions:
     seed: int = 0
     stills: bool = True
     reconstruction: TrainSettings = RECONSTRUCTION
+    grounding: TrainSettings = GROUNDING
     alignment: TrainSettings = ALIGNMENT_SETTINGS
     warm_up: TrainSettings = WARM_UP
     tuning: TrainSettings = TUNING
@@ -171,12 +173,23 @@ def train_surgllm(
     )
     encoder = reconstructed.encoder
 
-    console.rule("Surg-Pretrain B: alignment with captions")
+    console.rule("Surg-Pretrain B: grounding, then alignment with captions")
     with Progress(console=console) as progress:
         bar = progress.add_task("features", total=None)
         features = cached_features(
             encoder, videos, cache, lambda done, all: progress.update(bar, completed=done, total=all)
         )
+    encoder = ground(
+        encoder,
+        training,
+        features,
+        config.segment_frames,
+        replace(options.grounding, seed=seed),
+        folder / "b_grounding",
+        validation=held_out,
+        resume=resume,
+        console=console,
+    )
     text = options.text or (AlignmentConfig(config.qformer.start) if config.qformer.start else _PLAIN_TEXT)
     encoder = align(
         encoder,
@@ -253,6 +266,7 @@ def train_surgllm(
                 stage: {"epochs": s.epochs, "batch": s.batch, "learning_rate": s.learning_rate}
                 for stage, s in (
                     ("reconstruction", options.reconstruction),
+                    ("grounding", options.grounding),
                     ("alignment", options.alignment),
                     ("warm_up", options.warm_up),
                     ("tuning", options.tuning),
