@@ -19,7 +19,7 @@ help: ## This list
 setup: ## Everything to run the pipeline, into .venv, build and install below this folder
 	@$(PYTHON) scripts/setup.py --level demo
 
-setup-test: ## The same, and PyTorch, test tools and linters
+setup-test: ## The same, and test tools and linters
 	@$(PYTHON) scripts/setup.py --level test
 
 demo: setup ## The pipeline on the phantom, or on VIDEO=file.mp4: live phase, figures, pictures in out/demo

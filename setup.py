@@ -43,6 +43,7 @@ setup(
             "phase_node = surg_perception.nodes.phase_node:main",
             "monitor = surg_perception.nodes.monitor:main",
             "overlay_node = surg_perception.nodes.overlay_node:main",
+            "vqa_node = surg_perception.nodes.vqa_node:main",
         ],
     },
 )

@@ -3,8 +3,9 @@
 
     ros2 launch surg_perception pipeline.launch.py image:=/endoscope/left/image_raw model:=/models/my_gsvit
 
-Starts `phase`, on request `overlay` (pictures to look at) and `source` (a video or the phantom instead of a camera),
-and brings their lifecycles up in that order: images flow only when everything that reads them is ready.
+Starts `phase` and `vqa` (questions about the images), on request `overlay` (pictures to look at) and `source` (a video
+or the phantom instead of a camera), and brings their lifecycles up, the source's last: images flow only when everything
+that reads them is ready. The model of `vqa` is loaded in the background; nothing waits for it.
 """
 
 from __future__ import annotations
@@ -104,6 +105,16 @@ ARGUMENTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         (),
     ),
     ("overlay_image", "", "Write the newest overlay to this PNG file. Empty: not written.", ()),
+    (
+        "vqa",
+        "true",
+        "Start the node that answers questions; without its model it answers NOT_AVAILABLE.",
+        ("true", "false"),
+    ),
+    ("vqa_model", "", f"Model that answers questions, name or folder {AS_PARAMS_FILE}.", ()),
+    ("vqa_threads", "", f"CPU threads of that model, 0: PyTorch chooses {AS_PARAMS_FILE}.", ()),
+    ("vqa_niceness", "", f"Niceness of that model's threads, 0 to 19 {AS_PARAMS_FILE}.", ()),
+    ("vqa_cpus", "", f"Cores that model may run on, such as 1 or 0,2-3 {AS_PARAMS_FILE}.", ()),
     ("use_sim_time", "false", "Use /clock (bag replay with --clock).", ("true", "false")),
     ("respawn", "false", "Restart a node that died, and bring it up again.", ("true", "false")),
     ("log_level", "info", "Log level of the nodes.", ("debug", "info", "warn", "error")),
@@ -131,6 +142,10 @@ OVERRIDES: dict[str, tuple[str, str, type]] = {
     "source_loop": ("source", "loop", bool),
     "overlay_video": ("overlay", "record.video_path", str),
     "overlay_image": ("overlay", "record.image_path", str),
+    "vqa_model": ("vqa", "model.path", str),
+    "vqa_threads": ("vqa", "runtime.threads", int),
+    "vqa_niceness": ("vqa", "runtime.niceness", int),
+    "vqa_cpus": ("vqa", "runtime.cpus", str),
 }
 
 
@@ -204,7 +219,7 @@ class BringUp:
             if context.is_shutdown or self.respawn:
                 return
             name = self.nodes[i].node_name
-            # The pipeline is of no use without phase; without pictures to look at it is.
+            # The pipeline is of no use without phase; without pictures to look at, or answers, it is.
             if i == 0 or "active" not in self.state[i]:
                 raise RuntimeError(f"{name} ended with exit status {event.returncode}: its output above says why")
             get_logger("launch").error(f"{name} ended with exit status {event.returncode}; the rest goes on")
@@ -277,7 +292,7 @@ def pipeline(context: LaunchContext) -> list[Entity]:
     if not Path(argument["params_file"]).is_file():
         raise RuntimeError(f"params_file:={argument['params_file']}: there is no such file")
 
-    overrides: dict[str, dict[str, object]] = {"phase": {}, "overlay": {}, "source": {}}
+    overrides: dict[str, dict[str, object]] = {"phase": {}, "overlay": {}, "source": {}, "vqa": {}}
     for name, (node, parameter, kind) in OVERRIDES.items():
         text = argument[name]
         if text == "":
@@ -286,13 +301,15 @@ def pipeline(context: LaunchContext) -> list[Entity]:
             overrides[node][parameter] = truth(text) if kind is bool else kind(text)
         except ValueError:
             raise RuntimeError(f"{name}:={text}: expected {kind.__name__}") from None
-    overrides["phase"]["input.transport"] = argument["transport"]
-    overrides["overlay"]["input.transport"] = argument["transport"]
+    for reader in ("phase", "overlay", "vqa"):
+        overrides[reader]["input.transport"] = argument["transport"]
     overrides["source"]["output.transport"] = argument["transport"]
 
     names = ["phase"]
     if truth(argument["overlay"]) or argument["overlay_video"] or argument["overlay_image"]:
         names.append("overlay")
+    if truth(argument["vqa"]):
+        names.append("vqa")
     if argument["source"]:
         names.append("source")
     image = argument["image"].rstrip("/")

@@ -34,8 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SUPPORTED = ((3, 10), (3, 12))
 SUPPORTED_TEXT = "3.10, 3.11 or 3.12"
 PYTHON_NAMES = ("python3", "python3.12", "python3.11", "python3.10", "/usr/bin/python3")
-FREE_GB = {"demo": 3, "test": 8}  # a CUDA build of PyTorch, where the index offers no other, takes most of it
+FREE_GB = {"demo": 8, "test": 9}  # a CUDA build of PyTorch, where the index offers no other, takes most of it
 HEARTBEAT_S = 30.0
+BASE_MODELS = ("smollm2-135m-instruct", "all-minilm-l6-v2")
 ROS_PATHS = ("PYTHONPATH", "AMENT_PREFIX_PATH", "CMAKE_PREFIX_PATH", "COLCON_PREFIX_PATH")
 
 # Increase to have everything set up again in all checkouts.
@@ -263,7 +264,9 @@ def activity_of(line: str) -> str | None:
     if progress:
         done, total = (int(n) / 1e6 for n in progress.groups())
         return f"{done:.0f} of {total:.0f} MB" if total >= 5 else None
-    telling = r"\s*(Collecting|Downloading|Using cached|Installing|Building|Starting >>>|Finished <<<|\[ *\d+%\])"
+    telling = (
+        r"\s*(Collecting|Downloading|Using cached|Installing|Building|Converting|Starting >>>|Finished <<<|\[ *\d+%\])"
+    )
     return line.strip() if re.match(telling, line) else None
 
 
@@ -672,14 +675,30 @@ class Setup:
                 names_only=("launch", "config", "models", "resource"),
             )
         )
+        steps += [
+            Step(
+                "surgllm",
+                "PyTorch and transformers",
+                self.step_surgllm,
+                ["requirements/surgllm.txt", "requirements/surgllm-no-deps.txt", *constraints],
+                ["python"],
+            ),
+            Step(
+                "base-models",
+                "Language model and sentence encoder (180 MB)",
+                self.step_base_models,
+                ["surg_perception/surgllm/base_models.py"],
+                ["surgllm"],
+            ),
+        ]
         if self.level == "test":
             steps.append(
                 Step(
                     "test",
-                    "PyTorch, test tools and linters",
+                    "Test tools and linters",
                     self.step_test,
                     ["requirements/test.txt", "requirements/test-no-deps.txt", *constraints],
-                    ["python"],
+                    ["surgllm"],
                 )
             )
         return steps
@@ -759,9 +778,22 @@ class Setup:
             *("desktop_notification-", "status-", "console_cohesion+", "console_start_end+"),
         )
 
+    @property
+    def base_models(self) -> Path:
+        """Where `surg_perception.surgllm.base_models` looks in this environment."""
+        return self.venv / "share" / "surg_perception" / "base_models"
+
+    def step_surgllm(self) -> None:
+        self.pip_install("surgllm", *self.requirements("surgllm", "runtime", "colcon", f"numpy{self.numpy_major()}"))
+        self.pip_install("surgllm", "--no-deps", "-r", "requirements/surgllm-no-deps.txt")
+
+    def step_base_models(self) -> None:
+        fetch = ["-m", "surg_perception.cli.main", "models", "fetch", "--into", self.base_models, *BASE_MODELS]
+        self.run("base-models", "env", "-u", "PYTHONPATH", self.bin / "python", *fetch)
+
     def step_test(self) -> None:
         numpy = f"numpy{self.numpy_major()}"
-        self.pip_install("test", *self.requirements("test", "runtime", "colcon", numpy))
+        self.pip_install("test", *self.requirements("test", "surgllm", "runtime", "colcon", numpy))
         self.pip_install("test", "--no-deps", "-r", "requirements/test-no-deps.txt")
 
     # -- all of it
@@ -796,6 +828,8 @@ class Setup:
             return self.current_venv() != self.identity(self.chosen)
         if step == "workspace":
             return not ((self.root / "install" / "setup.bash").is_file() and (self.bin / "surg-perception").is_file())
+        if step == "base-models":
+            return not all((self.base_models / name / "base_model.json").is_file() for name in BASE_MODELS)
         return False
 
     def execute(self, say: Callable[[str], None]) -> None:
@@ -833,7 +867,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--level",
         choices=sorted(FREE_GB),
         default="demo",
-        help="demo: what the pipeline needs; test: PyTorch and test tools too",
+        help="demo: what the pipeline and questions about the image need; test: test tools too",
     )
     options = parser.parse_args(arguments)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`surg-perception demo`: the real launch file on the phantom or a video, watched, then a table and pictures."""
+"""`surg-perception demo`: the real launch file on the phantom or a video, watched, with questions, then tables."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ def run(video: str | None, out: Path) -> int:
         [
             *(sys.executable, "-m", "surg_perception.nodes.monitor", "--until-silent"),
             *("--limit-s", str(DURATION_S + 8), "--start-limit-s", str(START_LIMIT_S), "--out", str(out)),
+            *("--ask", source, "--phantom-duration-s", str(DURATION_S)),
         ],
         env=environment,
     )

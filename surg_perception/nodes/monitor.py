@@ -50,6 +50,8 @@ class Record:
     labels: list[str] = field(default_factory=list)
     newest: SurgicalPhase | None = None
     source: dict[str, str] = field(default_factory=dict)
+    published: list[tuple[int, int]] = field(default_factory=list)
+    """(stamp in ns, images that the source had published by then), while they grew."""
 
 
 class Monitor(Node):
@@ -88,6 +90,9 @@ class Monitor(Node):
         for status in message.status:
             if status.hardware_id == f"{self.get_namespace()}/source" and status.name.endswith("frames"):
                 self.record.source = {value.key: value.value for value in status.values}
+                count = int(self.record.source.get("frames_published", 0))
+                if count > (self.record.published[-1][1] if self.record.published else 0):
+                    self.record.published.append((stamp_ns(message), count))
 
 
 def summary(record: Record) -> dict[str, Any]:
@@ -174,10 +179,17 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=math.inf, help="end after so many seconds of images")
     parser.add_argument("--start-limit-s", type=float, default=math.inf, help="give up when no image came by then")
     parser.add_argument("--out", type=Path, help="folder for summary.json and ribbon.png")
+    parser.add_argument("--ask", metavar="SOURCE", help="ask the demo's questions; the source is 'phantom' or a file")
+    parser.add_argument("--phantom-duration-s", type=float, default=120.0, help="length of the phantom's procedure")
     options = parser.parse_args(remove_ros_args(sys.argv)[1:])
 
     rclpy.init(args=sys.argv)
     monitor = Monitor()
+    asking = None
+    if options.ask:
+        from surg_perception.nodes.demo_questions import DemoQuestions
+
+        asking = DemoQuestions(monitor, monitor.record, options.ask, options.phantom_duration_s)
     console = Console()
     started_s = time.monotonic()
     first_image_s: float | None = None
@@ -197,6 +209,8 @@ def main() -> None:
                         break
                     continue
                 first_image_s = first_image_s or now_s
+                if asking is not None:
+                    asking.step(now_s - first_image_s, now_s - monitor.last_image_s)
                 # Diagnostics come once a second: wait for the last of them.
                 if options.until_silent and now_s - monitor.last_image_s > 2.5:
                     break
@@ -207,7 +221,13 @@ def main() -> None:
     record = monitor.record
     result = summary(record)
     files = save(record, result, options.out) if options.out else []
+    shown = None
+    if asking is not None and options.out and record.stamp_ns:
+        shown, more = asking.finish(options.out)
+        files += more
     console.print(table(result, files))
+    if shown is not None:
+        console.print(shown)
     monitor.destroy_node()
     rclpy.try_shutdown()
     if not record.stamp_ns:

@@ -352,4 +352,78 @@ SOURCE = ParameterTable(
     ),
 )
 
-TABLES = {table.node: table for table in (PHASE, OVERLAY, SOURCE)}
+VQA = ParameterTable(
+    "vqa",
+    (
+        Parameter(
+            "model.path",
+            "surgllm_small_phantom",
+            "Model that answers: a name that `surg-perception models list` shows, or a model folder. Loaded in the "
+            "background; where it is missing, every question is answered with NOT_AVAILABLE and the reason.",
+        ),
+        Parameter(
+            "runtime.threads",
+            0,
+            "CPU threads of PyTorch in this process; 0 leaves the choice to PyTorch.",
+            minimum=0,
+            maximum=256,
+        ),
+        Parameter(
+            "runtime.niceness",
+            10,
+            "Niceness of the threads that load and run the model, so that they give way to other nodes; images are "
+            "taken at the process's own.",
+            minimum=0,
+            maximum=19,
+        ),
+        Parameter(
+            "runtime.cpus",
+            "",
+            "Cores that the threads of the model may run on, such as '1' or '0,2-3'; empty: all.",
+        ),
+        _TRANSPORT,
+        _RELIABILITY,
+        _MAX_PIXELS,
+        Parameter(
+            "buffer.rate_hz",
+            1.0,
+            "So many images a second are kept, by image stamps. The models are trained at 1.",
+            minimum=0.1,
+            maximum=30.0,
+        ),
+        Parameter(
+            "buffer.length_s",
+            64.0,
+            "Images are kept for so long, and forgotten then.",
+            minimum=1.0,
+            maximum=3600.0,
+        ),
+        Parameter(
+            "window.default_s",
+            8.0,
+            "A question that names no window is about so many last seconds.",
+            minimum=0.1,
+            maximum=3600.0,
+            live=True,
+        ),
+        Parameter(
+            "deadline_s",
+            10.0,
+            "An answer that is not complete so long after its question is cut, with TIMEOUT and the text so far.",
+            minimum=0.1,
+            maximum=3600.0,
+            live=True,
+        ),
+        Parameter(
+            "queue.depth",
+            0,
+            "So many questions may wait while one is being answered; further ones are refused at once with BUSY.",
+            minimum=0,
+            maximum=100,
+            live=True,
+        ),
+    ),
+    ordered=(("window.default_s", "buffer.length_s"),),
+)
+
+TABLES = {table.node: table for table in (PHASE, OVERLAY, SOURCE, VQA)}

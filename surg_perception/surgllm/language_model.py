@@ -7,6 +7,7 @@ Any causal language model of the Hugging Face kind will do: it is given embeddin
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,16 +84,16 @@ class LanguageModel(nn.Module):
         from peft import LoraConfig
 
         config = self.config
-        self.base.add_adapter(
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,
-                target_modules=list(config.lora_targets),
-                lora_dropout=0.0,
-                bias="none",
-            ),
-            name,
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            target_modules=list(config.lora_targets),
+            lora_dropout=0.0,
+            bias="none",
         )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+            self.base.add_adapter(lora, name)
         self.adapters.append(name)
         for key, parameter in self.base.named_parameters():
             if _is_of(key, name):

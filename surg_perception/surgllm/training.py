@@ -209,6 +209,7 @@ def train_surgllm(
             features,
             config.segment_frames,
             cache,
+            [*samples, *measured, *more],
             lambda done, all: progress.update(bar, completed=done, total=all),
         )
 
@@ -336,7 +337,7 @@ def add_task(
     names = {sample.video for sample in samples}
     used = [video for video in videos if video.name in names]
     features = cached_features(surgllm.encoder, used, cache)
-    tokens = cached_tokens(surgllm.encoder, features, card.config.segment_frames, cache, samples=samples)
+    tokens = cached_tokens(surgllm.encoder, features, card.config.segment_frames, cache, samples)
     if task in surgllm.language_model.adapters:
         weights = surgllm.language_model.adapter_weights(JOINT)
         surgllm.language_model.load_adapter_weights(task, weights)

@@ -74,9 +74,26 @@ _TEMPERATURE = 0.07
 _ORDER_CHUNK = 16  # batches whose samples are sorted by length together
 _ENCODED_AT_ONCE = 16
 
-Tokens = Mapping[str, NDArray[np.float16]]
-"""For each clip's name [seconds, N, width]: row s holds the tokens of the whole segment that begins at second s; for
-`<name>/<n>` those of the segment of n frames, where windows need shorter ones."""
+
+class SegmentTokens:
+    """Tokens of some of a clip's segments: `tokens[start]` float16 [N, width] of the one that begins there.
+
+    Args:
+        starts: first seconds, ascending.
+        rows: [n, N, width], in that order.
+    """
+
+    def __init__(self, starts: Sequence[int], rows: NDArray[np.float16]) -> None:
+        self._row = {start: row for row, start in enumerate(starts)}
+        self.rows = rows
+
+    def __getitem__(self, start: int) -> NDArray[np.float16]:
+        return self.rows[self._row[start]]
+
+
+Tokens = Mapping[str, SegmentTokens]
+"""For each clip's name its whole segments' tokens; for `<name>/<n>` those of its segments of n frames, where windows
+need shorter ones."""
 
 
 def segments_of(start_s: int, end_s: int, frames: int) -> list[tuple[int, int]]:
@@ -99,10 +116,10 @@ def cached_tokens(
     features: Mapping[str, NDArray[np.float16]],
     frames: int,
     cache: Path,
+    samples: Sequence[Sample],
     progress: Callable[[int, int], None] | None = None,
-    samples: Sequence[Sample] = (),
-) -> dict[str, NDArray[np.float16]]:
-    """The encoder's tokens of the segment that begins at each second, as memory maps that are written once.
+) -> dict[str, SegmentTokens]:
+    """The encoder's tokens of all segments of the samples' windows, as memory maps that are written once.
 
     In a segment that is not full the last frame is repeated, as `answering.Assistant.encode` does.
 
@@ -110,12 +127,12 @@ def cached_tokens(
         encoder: trained; not trained further.
         features: of `feature_cache.cached_features`.
         frames: of a segment.
-        cache: folder; 150 kB a second for the model `small`.
-        progress: called with (seconds done, seconds of all).
-        samples: whose windows' shorter segments are wanted too.
+        cache: folder; 150 kB a segment for the model `small`.
+        samples: whose windows' segments are wanted.
+        progress: called with (segments done, all).
 
     Returns:
-        See `Tokens`. A file is found again while encoder, features and length of segments stay the same.
+        See `Tokens`. A file is found again while encoder, features and segments stay the same.
 
     Raises:
         DatasetError: the disk is full.
@@ -124,37 +141,35 @@ def cached_tokens(
     for key, value in encoder.state_dict().items():
         digest.update(key.encode() + value.cpu().numpy().tobytes())
     folder = cache / f"tokens-{digest.hexdigest()[:16]}"
-    shorter = {
-        (sample.video, end - start)
-        for sample in samples
-        for start, end in segments_of(sample.start_s, sample.end_s, frames)
-        if end - start < frames
-    }
-    wanted = [(name, name, frames) for name in features] + [(f"{name}/{n}", name, n) for name, n in sorted(shorter)]
-    total, done = sum(len(features[name]) for _, name, _ in wanted), 0
-    found: dict[str, NDArray[np.float16]] = {}
-    for key, name, shown in wanted:
-        maps = features[name]
-        content = hashlib.sha256(np.ascontiguousarray(maps).tobytes()).hexdigest()
+    wanted: dict[tuple[str, int], set[int]] = {}
+    for sample in samples:
+        for start, end in segments_of(sample.start_s, sample.end_s, frames):
+            wanted.setdefault((sample.video, end - start), set()).add(start)
+    total, done = sum(map(len, wanted.values())), 0
+    found: dict[str, SegmentTokens] = {}
+    for (name, shown), chosen in sorted(wanted.items()):
+        maps, starts = features[name], sorted(chosen)
+        content = hashlib.sha256(repr(starts).encode() + np.ascontiguousarray(maps).tobytes()).hexdigest()
         file = folder / f"{content[:24]}-{shown}.npy"
         if not file.exists():
-            write_array(file, _segment_tokens(encoder, maps, frames, shown), name)
-        found[key] = np.load(file, mmap_mode="r")
-        done += len(maps)
+            write_array(file, _segment_tokens(encoder, maps, np.array(starts), frames, shown), name)
+        found[name if shown == frames else f"{name}/{shown}"] = SegmentTokens(starts, np.load(file, mmap_mode="r"))
+        done += len(starts)
         if progress:
             progress(done, total)
     return found
 
 
 @torch.no_grad()
-def _segment_tokens(encoder: VideoEncoder, maps: NDArray[np.float16], frames: int, shown: int) -> NDArray[np.float16]:
-    """[seconds, N, width] of features [seconds, C, h, w]; of each segment `shown` frames are seen."""
+def _segment_tokens(
+    encoder: VideoEncoder, maps: NDArray[np.float16], starts: NDArray[np.int64], frames: int, shown: int
+) -> NDArray[np.float16]:
+    """[n, N, width] of features [seconds, C, h, w]; of each segment `shown` frames are seen."""
     encoder.eval()
     steps = np.minimum(np.arange(frames), shown - 1)
     rows = []
-    for first in range(0, len(maps), _ENCODED_AT_ONCE):
-        starts = np.arange(first, min(first + _ENCODED_AT_ONCE, len(maps)))
-        seconds = np.minimum(starts[:, None] + steps, len(maps) - 1)
+    for first in range(0, len(starts), _ENCODED_AT_ONCE):
+        seconds = np.minimum(starts[first : first + _ENCODED_AT_ONCE, None] + steps, len(maps) - 1)
         clips = torch.from_numpy(maps[seconds]).float().transpose(1, 2)
         with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
             rows.append(encoder.encode(clips).half().numpy())

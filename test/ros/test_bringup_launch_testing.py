@@ -33,6 +33,7 @@ NODES = ("phase", "overlay", "source")
 def generate_test_description() -> LaunchDescription:
     os.environ.update(ROS_DOMAIN_ID=str(DOMAIN), ROS_AUTOMATIC_DISCOVERY_RANGE="LOCALHOST")
     arguments = {"source": "phantom", "source_width": "320", "source_height": "240", "overlay": "true"}
+    arguments["vqa"] = "false"
     arguments["dds_profile"] = "false"  # launch runs in this process: its environment would stay for other tests
     return LaunchDescription(
         [

@@ -17,9 +17,11 @@ import pytest
 pytest.importorskip("rclpy", reason="ROS 2 is not in the environment: `source setup.bash` first")
 
 from conftest import Graph, wait_until
+from rcl_interfaces.srv import GetParameters
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CompressedImage
-from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, SurgicalPhase
+from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, QuestionError, SurgicalPhase
+from surg_perception_msgs.srv import Ask
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
@@ -69,11 +71,12 @@ class Launched:
 
 @pytest.fixture
 def launched(tmp_path: Path, domain: int) -> Iterator[Any]:
-    """Start the launch file with arguments; stopped at the end of the test."""
+    """Start the launch file with arguments, without vqa unless they name it; stopped at the end of the test."""
     running: list[Launched] = []
 
     def start(*arguments: str) -> Launched:
-        running.append(Launched(tmp_path / f"launch{len(running)}.log", *arguments))
+        vqa = () if any(argument.startswith("vqa") for argument in arguments) else ("vqa:=false",)
+        running.append(Launched(tmp_path / f"launch{len(running)}.log", *arguments, *vqa))
         return running[-1]
 
     yield start
@@ -200,6 +203,11 @@ def test_launch_arguments_are_all_explained() -> None:
         "precision",
         "source",
         "overlay",
+        "vqa",
+        "vqa_model",
+        "vqa_threads",
+        "vqa_niceness",
+        "vqa_cpus",
         "namespace",
         "use_sim_time",
     ):
@@ -231,3 +239,42 @@ def test_nodes_get_the_large_image_profile_and_namespace(launched: Any, graph: G
     while ("phase", "/or1/ecm") not in graph.client.get_node_names_and_namespaces():
         assert time.monotonic() < deadline, graph.client.get_node_names_and_namespaces()
         time.sleep(0.1)
+
+
+def test_without_its_model_vqa_says_so_and_the_pipeline_runs(launched: Any, graph: Graph) -> None:
+    phases = graph.collect(SurgicalPhase, "phase/phase")
+    launch = launched(
+        "source:=phantom",
+        "source_width:=160",
+        "source_height:=120",
+        "vqa_model:=no_such_model",
+        "vqa_threads:=1",
+        "vqa_niceness:=15",
+        "vqa_cpus:=0",
+    )
+    wait_until(lambda: "pipeline up" in launch.text(), 60, "the pipeline to come up")
+    wait_until(lambda: any(p.phase_id >= 0 for p in phases), 20, "a phase")
+    wait_until(lambda: "no model, so no answers" in launch.text(), 60, "the reason in the log")
+
+    def answer(service: type, name: str, request: Any) -> Any:
+        client = graph.client.create_client(service, name)
+        assert client.wait_for_service(30)
+        future = client.call_async(request)
+        wait_until(future.done, 30, f"an answer of {name}")
+        return future.result()
+
+    refused = answer(Ask, "ask", Ask.Request(question="What is the hook doing?"))
+    assert refused.error_code == QuestionError.NOT_AVAILABLE
+    assert "no_such_model" in refused.error_message
+    names = ["runtime.threads", "runtime.niceness", "runtime.cpus", "model.path"]
+    threads, niceness, cpus, model = answer(
+        GetParameters, "vqa/get_parameters", GetParameters.Request(names=names)
+    ).values
+    assert (threads.integer_value, niceness.integer_value, cpus.string_value) == (1, 15, "0")
+    assert model.string_value == "no_such_model"
+    count = len(phases)
+    wait_until(lambda: len(phases) > count + 10, 20, "more phases")
+    (pid,) = launch.pids("vqa_node")
+    assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text(), "a node without a model costs no PyTorch"
+    assert launch.stop() == 0
+    assert not [line for line in launch.text().splitlines() if "[vqa_node" in line and "Traceback" in line]

@@ -160,8 +160,66 @@ def test_a_sourced_ros_is_used_and_none_is_downloaded() -> None:
     setup.ros = driver.Ros("jazzy", ("/opt/ros/jazzy",))
     setup.chosen = driver.Python(sys.executable, sys.version_info[:3], True, True, True)
     names = [step.name for step in setup.steps()]
-    assert names == ["venv", "python", "workspace", "test"]
+    assert names == ["venv", "python", "workspace", "surgllm", "base-models", "test"]
     assert "constraints" not in " ".join(setup.requirements("runtime"))
+
+
+# ------------------------------------------------------------------------------------------ questions about the image
+
+
+class Running(driver.Setup):
+    """Commands are noted, not run."""
+
+    def __init__(self, root: Path, level: str = "demo") -> None:
+        super().__init__(root, level, Silent())
+        self.chosen = driver.Python("python3", (3, 11, 7), True, True, False)
+        self.commands: list[list[str]] = []
+
+    def run(self, step: str, *command: object) -> str:
+        self.commands.append([str(word) for word in command])
+        return ""
+
+
+def test_the_demo_level_brings_what_questions_need_and_the_test_level_no_second_torch(tmp_path: Path) -> None:
+    levels = {level: [step.name for step in Running(ROOT, level).steps()] for level in ("demo", "test")}
+    assert levels["demo"][-2:] == ["surgllm", "base-models"]
+    assert levels["test"] == [*levels["demo"], "test"]
+    pinned = {path.stem: path.read_text() for path in FILES}
+    assert [name for name, text in pinned.items() if re.search("^torch==", text, re.M)] == ["surgllm"]
+    setup = Running(tmp_path)
+    setup.step_surgllm()
+    with_dependencies, without = setup.commands
+    assert "requirements/surgllm.txt" in with_dependencies
+    assert "requirements/constraints.txt" in with_dependencies
+    assert without[-3:] == ["--no-deps", "-r", "requirements/surgllm-no-deps.txt"]
+
+
+def test_base_models_are_fetched_to_where_they_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from surg_perception.cli.main import parser
+    from surg_perception.surgllm import base_models
+
+    setup = Running(tmp_path)
+    setup.step_base_models()
+    (command,) = setup.commands
+    assert str(setup.bin / "python") in command
+    module = command.index("surg_perception.cli.main")
+    options = parser().parse_args(command[module + 1 :])
+    fetched: list[tuple[str, Path]] = []
+    monkeypatch.setattr(base_models, "fetch", lambda name, into, say: fetched.append((name, into)))
+    assert options.run(options) == 0
+    assert [name for name, _ in fetched] == list(base_models.BASE_MODELS)
+    monkeypatch.setattr(sys, "prefix", str(setup.venv))
+    assert {into for _, into in fetched} == {base_models.environment_folder()}
+
+
+def test_deleted_base_models_are_fetched_again(tmp_path: Path) -> None:
+    setup = Running(tmp_path)
+    assert setup.is_gone("base-models")
+    for name in driver.BASE_MODELS:
+        assert setup.is_gone("base-models")
+        (setup.base_models / name).mkdir(parents=True)
+        (setup.base_models / name / "base_model.json").write_text("{}")
+    assert not setup.is_gone("base-models")
 
 
 # ----------------------------------------------------------------------------------------------- virtual environment
@@ -417,6 +475,7 @@ def test_a_second_set_up_waits_for_the_first(tmp_path: Path) -> None:
         ("Progress 66500000 of 133245632", "66 of 133 MB"),
         ("Progress 1000 of 2000", None),
         ("[ 45%] Building CXX object x.o", "[ 45%] Building"),
+        ("Converting smollm2-135m-instruct to safetensors, once: about a minute", "Converting smollm2"),
         ("Requirement already satisfied: numpy", None),
     ],
 )

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by the unit tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def _needs(*names: str) -> None:
+    from surg_perception.surgllm.base_models import BaseModelMissing, find_base_model
+
+    for name in names:
+        try:
+            find_base_model(name)
+        except BaseModelMissing as error:
+            pytest.skip(str(error).splitlines()[0])
+
+
+@pytest.fixture(scope="session")
+def sentence_model() -> None:
+    """The sentence encoder is on this machine."""
+    _needs("all-minilm-l6-v2")
+
+
+@pytest.fixture(scope="session")
+def smollm2(sentence_model: None) -> str:
+    """The language model of `small` is on this machine; its name."""
+    _needs("smollm2-135m-instruct")
+    return "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Frames and features that the trainings of `tiny` share."""
+    return tmp_path_factory.mktemp("surgllm_cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_surgllm(sentence_model: None, tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model folder of a `tiny` SurgLLM that went through all stages. Read only: others use it too."""
+    from tiny_surgllm import train
+
+    return train(tmp_path_factory.mktemp("surgllm") / "tiny", tiny_cache).folder
