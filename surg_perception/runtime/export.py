@@ -47,8 +47,8 @@ def export_onnx(model: GSViT, path: str | Path, *, weight_storage: str = "fp32",
     """
     import torch
 
-    from surg_perception.torch_extras import import_timm
     from surg_perception.gsvit.network import IMAGE_SIZE, FrameGraph
+    from surg_perception.torch_extras import import_timm
 
     _check_storage(weight_storage)
     graph = copy.deepcopy(FrameGraph(model)).cpu().eval().requires_grad_(False)

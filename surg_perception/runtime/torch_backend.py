@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from surg_perception.gsvit import load_gsvit
-from surg_perception.torch_extras import import_timm
 from surg_perception.gsvit.network import FrameGraph
 from surg_perception.models import ModelCard
 from surg_perception.runtime.backend import Backend
+from surg_perception.torch_extras import import_timm
 
 
 class TorchBackend(Backend):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -52,19 +52,14 @@ class Window(Generic[F]):
 
 
 @dataclass
-class _Sample:
+class _Sample(Generic[F]):
     tick: int
     stamp_ns: int
     arrived_s: float
     frame: Bgr
-
-
-@dataclass
-class _Segment(Generic[F]):
-    samples: list[_Sample] = field(default_factory=list)
-    attempted: int = 0  # so many of the samples were given to the encoder
-    encoded: int = 0  # so many are in `features`
-    features: F | None = None
+    place: int  # in its run of frames without a gap, counted from 0
+    attempted: bool = False  # the segment that ends with it was given to the encoder
+    features: F | None = None  # of that segment
 
 
 class ClipBuffer(Generic[F]):
@@ -72,14 +67,17 @@ class ClipBuffer(Generic[F]):
 
     Sampling: ticks lie one period apart, from the first frame on. The first frame at a tick (or up to a tenth of a
     period before it) is the newest one there and is kept; further frames until the next tick are not even decoded.
-    Every `segment_frames` kept frames make a segment; the newest segment grows, and only it is encoded again.
 
-    Stamps: a step ahead of more than 2.5 periods (a gap) ends the growing segment, so that no segment holds frames
-    from both sides of it. A step back of more than 2.5 periods (a recording that loops) clears the buffer. A
+    Segments: with every kept frame the segment of the last `segment_frames` frames is encoded, once, and its features
+    are kept. So the newest segment of a window is always whole, as in training, and the others of a window (every
+    `segment_frames`-th one back) were encoded when they were the newest.
+
+    Stamps: a step ahead of more than 2.5 periods is a gap; no segment holds frames from both sides of it, so those
+    just after it are shorter. A step back of more than 2.5 periods (a recording that loops) clears the buffer. A
     smaller step back is frames in the wrong order: they are left out.
 
-    Age: a segment is dropped as a whole when its oldest frame is `length_s` old, by stamps as frames come, and by
-    the steady clock in `expire`. So no frame is kept longer than that.
+    Age: a frame is dropped when it is `length_s` old, with its segment, by stamps as frames come, and by the steady
+    clock in `expire`. Features hold at most `segment_frames - 1` frames more than the frames that are there.
 
     Args:
         encode: uint8 [T, size, size, 3] BGR, T from 1 to segment_frames, to features; called by `encode_next` only.
@@ -119,7 +117,7 @@ class ClipBuffer(Generic[F]):
         self._max_segments = max_segments
         self._max_pixels = max_pixels
         self._lock = threading.Lock()
-        self._segments: deque[_Segment[F]] = deque()
+        self._samples: deque[_Sample[F]] = deque()
         self._grid_ns = 0
 
     # Frames come and go ---------------------------------------------------------------------------------------------
@@ -146,8 +144,8 @@ class ClipBuffer(Generic[F]):
             self._keep(stamp_ns, arrived_s, frame)
         return True
 
-    def _newest(self) -> _Sample | None:
-        return self._segments[-1].samples[-1] if self._segments else None
+    def _newest(self) -> _Sample[F] | None:
+        return self._samples[-1] if self._samples else None
 
     def _tick(self, stamp_ns: int) -> int:
         return (stamp_ns - self._grid_ns + round(EARLY * self._period_ns)) // self._period_ns
@@ -161,44 +159,47 @@ class ClipBuffer(Generic[F]):
     def _keep(self, stamp_ns: int, arrived_s: float, frame: Bgr) -> None:
         newest = self._newest()
         if newest is not None and stamp_ns < newest.stamp_ns:
-            self._segments.clear()
+            self._samples.clear()
             newest = None
         if newest is None:
             self._grid_ns = stamp_ns
-        if (
-            newest is None
-            or len(self._segments[-1].samples) == self._segment_frames
-            or stamp_ns - newest.stamp_ns > BREAK_PERIODS * self._period_ns
-        ):
-            self._segments.append(_Segment())
-        self._segments[-1].samples.append(_Sample(self._tick(stamp_ns), stamp_ns, arrived_s, frame))
-        while stamp_ns - self._segments[0].samples[0].stamp_ns >= self._length_s * 1e9:
-            self._segments.popleft()
+        new_run = newest is None or stamp_ns - newest.stamp_ns > BREAK_PERIODS * self._period_ns
+        place = 0 if newest is None or new_run else newest.place + 1
+        self._samples.append(_Sample(self._tick(stamp_ns), stamp_ns, arrived_s, frame, place))
+        while stamp_ns - self._samples[0].stamp_ns >= self._length_s * 1e9:
+            self._samples.popleft()
 
     def expire(self, now_s: float) -> None:
         """Drop what came `length_s` ago, by time.monotonic(): for a stream that has stopped."""
         with self._lock:
-            while self._segments and now_s - self._segments[0].samples[0].arrived_s >= self._length_s:
-                self._segments.popleft()
+            while self._samples and now_s - self._samples[0].arrived_s >= self._length_s:
+                self._samples.popleft()
 
     # Encoding -------------------------------------------------------------------------------------------------------
 
     def encode_next(self) -> bool:
-        """Encode one segment that has frames the encoder has not seen, the oldest such; False if there is none.
+        """Encode the newest segment that the encoder has not seen; False if there is none.
 
-        Not to be called by two threads at once. An exception of the encoder goes through; the segment is not tried
-        again until it grows, and keeps the features of its earlier frames, if it had any.
+        Not to be called by two threads at once. An exception of the encoder goes through; that segment is not tried
+        again.
         """
         with self._lock:
-            stale = next((s for s in self._segments if s.attempted < len(s.samples)), None)
-            if stale is None:
+            samples = list(self._samples)
+            at = next((i for i in reversed(range(len(samples))) if not samples[i].attempted), None)
+            if at is None:
                 return False
-            count = stale.attempted = len(stale.samples)
-            frames: NDArray[np.uint8] = np.stack([sample.frame for sample in stale.samples])
+            last = samples[at]
+            last.attempted = True
+            frames: NDArray[np.uint8] = np.stack([sample.frame for sample in self._segment(samples, at)])
         features = self._encode(frames)
         with self._lock:
-            stale.features, stale.encoded = features, count
+            last.features = features
         return True
+
+    def _segment(self, samples: list[_Sample[F]], at: int) -> list[_Sample[F]]:
+        """The frames of the segment that ends with samples[at]: those of its run that are still there."""
+        count = min(self._segment_frames, samples[at].place + 1, at + 1)
+        return samples[at + 1 - count : at + 1]
 
     # Questions ------------------------------------------------------------------------------------------------------
 
@@ -216,7 +217,7 @@ class ClipBuffer(Generic[F]):
             WindowOutside: no buffered frame lies in the span.
         """
         with self._lock:
-            samples = [sample for segment in self._segments for sample in segment.samples]
+            samples = list(self._samples)
         if not samples:
             raise NoFrames("no frame is in the buffer")
         if seconds_back is not None:
@@ -233,47 +234,52 @@ class ClipBuffer(Generic[F]):
         return inside[0].stamp_ns, inside[-1].stamp_ns
 
     def window(self, start_ns: int, end_ns: int) -> Window[F]:
-        """The cached features of every segment with an encoded frame stamped start_ns to end_ns, both included.
+        """The cached features of segments that reach from the newest encoded frame of the span back to its start.
 
-        Segments are used whole, so up to segment_frames - 1 frames more than asked count at either end; the stamps
-        of the window say so. More than max_segments: the newest ones.
+        Segments are used whole, so up to segment_frames - 1 frames before the span may count; the stamps of the window
+        say so. More than max_segments: the newest ones.
 
         Raises:
             NoFrames: the buffer holds no encoded frame.
             WindowOutside: none of the encoded frames lies in the span.
         """
         with self._lock:
-            known = [
-                (segment.samples[: segment.encoded], features)
-                for segment in self._segments
-                if (features := segment.features) is not None
-            ]
-        if not known:
-            raise NoFrames("no encoded frame is in the buffer")
-        used = [entry for entry in known if any(start_ns <= sample.stamp_ns <= end_ns for sample in entry[0])]
-        if not used:
-            raise _outside(start_ns, end_ns, [sample for samples, _ in known for sample in samples])
-        used = used[-self._max_segments :]
+            samples = list(self._samples)
+            known = [sample for sample in samples if sample.features is not None]
+            if not known:
+                raise NoFrames("no encoded frame is in the buffer")
+            inside = [i for i, s in enumerate(samples) if s.features is not None and start_ns <= s.stamp_ns <= end_ns]
+            if not inside:
+                raise _outside(start_ns, end_ns, known)
+            used: list[tuple[list[_Sample[F]], F]] = []
+            at = inside[-1]
+            while at >= 0 and samples[at].stamp_ns >= start_ns and len(used) < self._max_segments:
+                features = samples[at].features
+                if features is None:
+                    break
+                segment = self._segment(samples, at)
+                used.insert(0, (segment, features))
+                at -= len(segment)
         first = used[0][0][0]
         return Window(
             tuple(
                 (
-                    (samples[0].tick - first.tick) / self._rate_hz,
-                    (samples[-1].tick + 1 - first.tick) / self._rate_hz,
+                    (segment[0].tick - first.tick) / self._rate_hz,
+                    (segment[-1].tick + 1 - first.tick) / self._rate_hz,
                     features,
                 )
-                for samples, features in used
+                for segment, features in used
             ),
             first.stamp_ns,
             used[-1][0][-1].stamp_ns,
-            sum(len(samples) for samples, _ in used),
+            sum(len(segment) for segment, _ in used),
         )
 
     @property
     def frames(self) -> int:
         """Frames in the buffer."""
         with self._lock:
-            return sum(len(segment.samples) for segment in self._segments)
+            return len(self._samples)
 
     @property
     def newest_ns(self) -> int | None:
@@ -283,7 +289,7 @@ class ClipBuffer(Generic[F]):
             return None if newest is None else newest.stamp_ns
 
 
-def _outside(start_ns: int, end_ns: int, held: list[_Sample]) -> WindowOutside:
+def _outside(start_ns: int, end_ns: int, held: Sequence[_Sample[Any]]) -> WindowOutside:
     asked, first, last = (f"{stamp_ns * 1e-9:.3f}" for stamp_ns in (end_ns, held[0].stamp_ns, held[-1].stamp_ns))
     return WindowOutside(
         f"no frame is stamped {start_ns * 1e-9:.3f} to {asked}: the buffer holds {len(held)}, stamped {first} to {last}"

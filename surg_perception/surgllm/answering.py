@@ -22,7 +22,7 @@ from surg_perception.surgllm.language_model import JOINT, fast_dtype
 from surg_perception.surgllm.model import SurgLLM
 from surg_perception.surgllm.model_folder import SurgLLMCard, find_surgllm, load_weights
 from surg_perception.surgllm.prompt import Prompted, Prompter
-from surg_perception.surgllm.question_check import QuestionRefused, check_question
+from surg_perception.surgllm.question_check import _INVISIBLE, QuestionRefused, check_question
 from surg_perception.surgllm.router import Router
 from surg_perception.surgllm.sentence_encoder import SentenceEncoder
 
@@ -103,7 +103,9 @@ class Assistant:
         assistant = cls(card, surgllm, adapters, router, threads)
         size = assistant.image_size
         blank = assistant.encode(np.zeros((assistant.segment_frames, size, size, 3), np.uint8))
-        assistant.ask("What is the surgical phase?", [(0.0, float(assistant.segment_frames), blank)])
+        question = "What is the surgical phase?"
+        router.route(question)
+        assistant._generate([question], [[(0.0, float(assistant.segment_frames), blank)]], JOINT)
         return assistant
 
     @property
@@ -182,8 +184,10 @@ class Assistant:
         adapter = task
         if task and task not in self.tasks:
             raise QuestionRefused("UNKNOWN_TASK", f"task {task!r} found, expected one of {', '.join(self.tasks)}")
+        route = self.router.route(question)
+        if route.declined:
+            raise QuestionRefused("DECLINED", _INVISIBLE)
         if not task:
-            route = self.router.route(question)
             task, probability, adapter = route.best, route.probability, route.task or JOINT
         first: list[float] = []
 

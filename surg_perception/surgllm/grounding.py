@@ -138,8 +138,7 @@ class GroundingTask(Task):
             for name, logits in found.items():
                 truth = batch[name]
                 known = truth >= (1 if name == "where" else 0)  # tokens with an instrument
-                pairs = torch.stack([logits.argmax(-1)[known], truth[known]], dim=1)
-                right[name].append(pairs.cpu().numpy())
+                right[name].append(torch.stack([logits.argmax(-1)[known], truth[known]], dim=1).cpu().numpy())
         figures = {}
         for name, parts in right.items():
             pairs = np.concatenate(parts) if parts else np.zeros((0, 2), np.int64)

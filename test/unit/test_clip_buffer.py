@@ -107,33 +107,34 @@ def test_frames_are_resized_as_the_models_input_is() -> None:
 # Segments and encoding --------------------------------------------------------------------------------------------
 
 
-def test_only_the_growing_segment_is_encoded_again_and_asking_encodes_nothing() -> None:
+def test_each_frame_costs_one_encoding_and_asking_none() -> None:
     clip, encoder = buffer()
     fill(clip, range(10))
-    assert encoder.calls == [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3), (4,), (4, 5), (4, 5, 6), (4, 5, 6, 7), (8,), (8, 9)]
+    assert encoder.calls == [(0,), (0, 1), (0, 1, 2)] + [tuple(range(i - 3, i + 1)) for i in range(3, 10)]
     window = clip.window(*clip.span(8.0))
+    assert window.segments == ((0.0, 4.0, (2, 3, 4, 5)), (4.0, 8.0, (6, 7, 8, 9)))
+    assert (window.first_ns, window.last_ns, window.frames) == (*stamps(2, 9), 8)
+    assert clip.window(*clip.span(10.0)).segments[0] == (0.0, 2.0, (0, 1))
     assert len(encoder.calls) == 10
-    assert window.segments == ((0.0, 4.0, (0, 1, 2, 3)), (4.0, 8.0, (4, 5, 6, 7)), (8.0, 10.0, (8, 9)))
-    assert (window.first_ns, window.last_ns) == stamps(0, 9)
-    assert window.frames == 10
 
 
-def test_frames_that_came_while_nothing_was_encoded_are_caught_up_in_whole_segments() -> None:
+def test_frames_that_came_while_nothing_was_encoded_are_caught_up_newest_first() -> None:
     clip, encoder = buffer()
     for i in range(7):
         clip.offer(image(i), START_NS + i * S)
     assert clip.encode_next()
-    assert clip.encode_next()
-    assert not clip.encode_next()
-    assert encoder.calls == [(0, 1, 2, 3), (4, 5, 6)]
+    assert clip.window(*clip.span(4.0)).segments == ((0.0, 4.0, (3, 4, 5, 6)),)
+    assert [clip.encode_next() for _ in range(7)] == [True] * 6 + [False]
+    assert encoder.calls[1:3] == [(2, 3, 4, 5), (1, 2, 3, 4)]
+    assert clip.window(*clip.span(7.0)).frames == 7
 
 
-def test_a_window_holds_what_is_encoded_of_a_segment_that_grew_since() -> None:
+def test_a_window_ends_with_the_newest_encoded_frame() -> None:
     clip, _ = buffer()
     fill(clip, range(6))
     clip.offer(image(6), START_NS + 6 * S)
     window = clip.window(*clip.span(3.0))
-    assert window.segments == ((0.0, 2.0, (4, 5)),)
+    assert window.segments == ((0.0, 4.0, (2, 3, 4, 5)),)
     assert window.last_ns == stamps(5)[0]
 
 
@@ -219,7 +220,7 @@ def test_frames_in_the_wrong_order_are_left_out() -> None:
 # Age --------------------------------------------------------------------------------------------------------------
 
 
-def test_frames_are_dropped_with_their_segment_before_they_are_too_old() -> None:
+def test_frames_are_dropped_before_they_are_too_old() -> None:
     clip, _ = buffer(length_s=8.0)
     for second in range(40):
         fill(clip, [second])
@@ -236,8 +237,8 @@ def test_a_stream_that_stopped_is_forgotten() -> None:
     clip.expire(7.9)
     assert clip.frames == 6
     clip.expire(8.0)
-    assert clip.frames == 2
-    clip.expire(12.0)
+    assert clip.frames == 5
+    clip.expire(13.0)
     assert (clip.frames, clip.newest_ns) == (0, None)
     with pytest.raises(NoFrames):
         clip.span(8.0)
@@ -257,11 +258,11 @@ def test_windows_by_stamps_use_whole_segments_and_say_so() -> None:
     clip, _ = buffer()
     fill(clip, range(20))
     assert clip.span(start_ns=stamps(5.5)[0], end_ns=stamps(9.2)[0]) == stamps(6, 9)
-    window = clip.window(*stamps(6, 9))
-    assert window.segments == ((0.0, 4.0, (4, 5, 6, 7)), (4.0, 8.0, (8, 9, 10, 11)))
-    assert (window.first_ns, window.last_ns) == stamps(4, 11)
+    window = clip.window(*stamps(5, 9))
+    assert window.segments == ((0.0, 4.0, (2, 3, 4, 5)), (4.0, 8.0, (6, 7, 8, 9)))
+    assert (window.first_ns, window.last_ns) == stamps(2, 9)
     one = clip.window(*stamps(4, 4))
-    assert one.segments == ((0.0, 4.0, (4, 5, 6, 7)),)
+    assert one.segments == ((0.0, 4.0, (1, 2, 3, 4)),)
 
 
 def test_seconds_back_count_frames_up_to_the_newest() -> None:
@@ -277,8 +278,8 @@ def test_only_the_newest_segments_that_the_model_takes_are_used() -> None:
     clip, _ = buffer(max_segments=2)
     fill(clip, range(14))
     window = clip.window(*clip.span(60.0))
-    assert window.segments == ((0.0, 4.0, (8, 9, 10, 11)), (4.0, 6.0, (12, 13)))
-    assert (window.first_ns, window.last_ns, window.frames) == (*stamps(8, 13), 6)
+    assert window.segments == ((0.0, 4.0, (6, 7, 8, 9)), (4.0, 8.0, (10, 11, 12, 13)))
+    assert (window.first_ns, window.last_ns, window.frames) == (*stamps(6, 13), 8)
 
 
 def test_errors_say_what_is_there() -> None:

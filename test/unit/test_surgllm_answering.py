@@ -95,6 +95,17 @@ def test_what_is_not_answered_has_a_code(
     assert refused.value.code_name == code
 
 
+def test_what_the_router_takes_for_out_of_scope_is_declined(
+    assistant: Assistant, window: Window, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scope = assistant.router.scope
+    monkeypatch.setattr(assistant, "router", replace(assistant.router, scope=replace(scope, bias=scope.bias + 100)))
+    for task in ("", "phase"):
+        with pytest.raises(QuestionRefused) as refused:
+            assistant.ask(WHERE, window[:1], task=task)
+        assert refused.value.code_name == "DECLINED"
+
+
 # ---- streaming and stopping --------------------------------------------------------------------------------
 
 

@@ -138,7 +138,9 @@ def train_tiny(out: Path, cache: Path) -> Any:
 
 
 @pytest.fixture
-def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sentence_model: None) -> Callable[..., None]:
+def refused(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sentence_model: None
+) -> Callable[..., None]:
     """Starts a training that must not come as far as its first stage."""
 
     class Began(Exception):
@@ -153,9 +155,9 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sentence_model: Non
         options = replace(OPTIONS, **changes)
         if begins:
             with pytest.raises(Began):
-                train_surgllm(data, tmp_path, options, cache=tmp_path / "cache", console=quiet())
+                train_surgllm(data, tmp_path, options, cache=tiny_cache, console=quiet())
         else:
-            train_surgllm(data, tmp_path, options, cache=tmp_path / "cache", console=quiet())
+            train_surgllm(data, tmp_path, options, cache=tiny_cache, console=quiet())
 
     return start
 
@@ -338,7 +340,7 @@ def smoke_file(path: Path, **changes: object) -> Path:
 def test_a_task_is_added_and_answers(tiny_surgllm: Path, tiny_cache: Path, tmp_path: Path) -> None:
     before = {path.name: sha256_of(path) for path in tiny_surgllm.iterdir() if path.is_file()}
     questions = smoke_file(tmp_path / "smoke.json")
-    settings = replace(SETTINGS, epochs=8)
+    settings = replace(SETTINGS, epochs=24, learning_rate=3e-2)
     card = add_task(
         tiny_surgllm, "smoke", questions, [DATA], tmp_path / "more", settings, cache=tiny_cache, console=quiet()
     )
