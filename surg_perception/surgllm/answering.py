@@ -22,7 +22,7 @@ from surg_perception.surgllm.language_model import JOINT, fast_dtype
 from surg_perception.surgllm.model import SurgLLM
 from surg_perception.surgllm.model_folder import SurgLLMCard, find_surgllm, load_weights
 from surg_perception.surgllm.prompt import Prompted, Prompter
-from surg_perception.surgllm.question_check import _INVISIBLE, QuestionRefused, check_question
+from surg_perception.surgllm.question_check import OUT_OF_SCOPE, QuestionRefused, check_question
 from surg_perception.surgllm.router import Router
 from surg_perception.surgllm.sentence_encoder import SentenceEncoder
 
@@ -186,7 +186,7 @@ class Assistant:
             raise QuestionRefused("UNKNOWN_TASK", f"task {task!r} found, expected one of {', '.join(self.tasks)}")
         route = self.router.route(question)
         if route.declined:
-            raise QuestionRefused("DECLINED", _INVISIBLE)
+            raise QuestionRefused("DECLINED", OUT_OF_SCOPE)
         if not task:
             task, probability, adapter = route.best, route.probability, route.task or JOINT
         first: list[float] = []

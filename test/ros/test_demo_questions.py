@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,9 @@ class Answerer:
 
 
 def printed(view: Any) -> str:
-    console = Console(width=220, record=True, quiet=True)
-    with console.capture():
-        console.print(view)
-    return console.export_text()
+    text = io.StringIO()
+    Console(width=220, file=text).print(view)
+    return text.getvalue()
 
 
 def asked_at(asking: DemoQuestions, answerer: Answerer, record: Record, patient: Phantom, second: float) -> None:
@@ -131,7 +131,7 @@ def asked_at(asking: DemoQuestions, answerer: Answerer, record: Record, patient:
         asking.step(second, 0.0)
         return len(asking.asked) > count
 
-    wait_until(step, 30.0, f"the question at {second} s")
+    wait_until(step, 120.0, f"the question at {second} s")
 
 
 def test_questions_are_asked_when_due_and_shown_with_frames_and_truth(
@@ -141,12 +141,12 @@ def test_questions_are_asked_when_due_and_shown_with_frames_and_truth(
     graph = Graph(domain)
     try:
         record = Record()
-        answerer = Answerer(graph, ["Dissecting gallbladder.", "nowhere", "gallbladder dissection"])
+        answerer = Answerer(graph, ["Retracting gallbladder.", "nowhere", "gallbladder dissection"])
         asking = DemoQuestions(graph.client, record, "phantom", DURATION_S)
-        wait_until(asking._client.service_is_ready, 30.0, "the service")
+        wait_until(asking._client.service_is_ready, 120.0, "the service")
         asking.step(11.9, 0.0)
         assert not answerer.questions
-        # The hook dissects the gallbladder from second 11 to 12 of this patient, beside a grasper that retracts it.
+        # At second 12 of this patient a grasper retracts the gallbladder; the hook came less than 1.5 s before.
         for second in (12.2, 20.2, 28.0):
             asked_at(asking, answerer, record, patient, second)
         asking.step(40.0, 5.0)
@@ -166,7 +166,7 @@ def test_questions_are_asked_when_due_and_shown_with_frames_and_truth(
         truths = {fact.question: fact.answer for fact in facts_of([patient.labels(number)]).values()}
         assert row["truth"] == truths[row["question"]]
     assert (where["right"], phase["right"]) == (False, True)
-    assert doing["right"] == (doing["truth"] == "dissecting the gallbladder")
+    assert (doing["question"], doing["right"]) == ("What is the grasper doing?", True)
     text = printed(view)
     assert "nowhere" in text
     assert phase["truth"] in text
@@ -200,13 +200,13 @@ def test_of_a_video_the_frames_are_found_by_what_the_source_counted(domain: int,
         answerer = Answerer(graph, ["a", "b", "c"], unavailable=0)
         answerer.last_ns = START_NS + 30 * S
         asking = DemoQuestions(graph.client, record, str(tmp_path), DURATION_S)
-        wait_until(asking._client.service_is_ready, 30.0, "the service")
+        wait_until(asking._client.service_is_ready, 120.0, "the service")
 
         def step() -> bool:
             asking.step(5.0, 1.0)  # the pictures ended early: everything is due
             return len(asking.asked) == 3
 
-        wait_until(step, 30.0, "the answers")
+        wait_until(step, 120.0, "the answers")
         frames = [int(frame.bgr[0, 0, 0]) for frame in asking._results()[1][0]]
         view, _ = asking.finish(tmp_path / "out")
     finally:

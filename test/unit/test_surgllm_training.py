@@ -80,7 +80,7 @@ def test_the_model_folder_says_what_it_is(tiny_surgllm: Path) -> None:
 def test_each_stage_measured_the_video_held_out(tiny_surgllm: Path) -> None:
     figures = {
         stage: read_lines(tiny_surgllm / "training" / stage / "metrics.jsonl")[-1]
-        for stage in ("a_reconstruction", "b_alignment", "c_warm_up", "d_joint", "e_phase")
+        for stage in ("a_reconstruction", "b_grounding", "b_alignment", "c_warm_up", "d_joint", "e_phase")
     }
     assert figures["a_reconstruction"]["mse"] > 0
     assert figures["b_alignment"]["gallery"] > 0

@@ -253,43 +253,45 @@ def new_features(seed: int = 0, seconds: int = 20) -> dict[str, NDArray[np.float
     return {"V@0": np.random.default_rng(seed).normal(size=shape).astype(np.float16)}
 
 
-def test_tokens_are_those_of_the_segment_that_begins_at_each_second(tmp_path: Path) -> None:
+def test_tokens_are_those_of_the_windows_segments(tmp_path: Path) -> None:
     encoder, features = counting(), new_features()
-    samples = [sample(0, 4), sample(3, 9), sample(1, 2)]
-    found = cached_tokens(encoder, features, FRAMES, tmp_path, samples=samples)
+    samples = [sample(0, 4), sample(16, 20), sample(3, 9), sample(1, 2)]
+    found = cached_tokens(encoder, features, FRAMES, tmp_path, samples)
     assert set(found) == {"V@0", "V@0/2", "V@0/1"}
-    assert found["V@0"].shape == (20, CONFIG.encoder.tokens(4), CONFIG.encoder.width)
+    assert encoder.encoded == 5
     for name, second, seen in (
+        ("V@0", 0, [0, 1, 2, 3]),
         ("V@0", 5, [5, 6, 7, 8]),
-        ("V@0", 18, [18, 19, 19, 19]),
+        ("V@0", 16, [16, 17, 18, 19]),
         ("V@0/2", 3, [3, 4, 4, 4]),
         ("V@0/1", 1, [1, 1, 1, 1]),
     ):
         clip = torch.from_numpy(features["V@0"][seen]).float().transpose(0, 1)
         with torch.no_grad():
             expected = encoder.encode(clip[None])[0]
-        torch.testing.assert_close(
-            torch.from_numpy(found[name][second].astype(np.float32)), expected, atol=0.05, rtol=0.05
-        )
+        row = torch.from_numpy(found[name][second].astype(np.float32))
+        torch.testing.assert_close(row, expected, atol=0.05, rtol=0.05)
 
 
 def test_tokens_are_kept_until_something_changes(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
+    samples = [sample(0, 16), sample(2, 6)]  # segments from 0, 4, 8, 12 and 2
     first = counting()
-    cached_tokens(first, new_features(), FRAMES, tmp_path, lambda *progress: told.append(progress))
-    assert first.encoded == 20
-    assert told == [(20, 20)]
+    cached_tokens(first, new_features(), FRAMES, tmp_path, samples, lambda *progress: told.append(progress))
+    assert first.encoded == 5
+    assert told == [(5, 5)]
     same = counting()
-    cached_tokens(same, new_features(), FRAMES, tmp_path)
+    cached_tokens(same, new_features(), FRAMES, tmp_path, [*samples, samples[0]])
     assert not hasattr(same, "encoded")
-    for encoder, features, frames in (
-        (counting(seed=1), new_features(), FRAMES),  # other weights
-        (counting(positions="flat"), new_features(), FRAMES),  # same weights, other positions
-        (counting(heads=4), new_features(), FRAMES),
-        (counting(), new_features(seed=1), FRAMES),  # other pictures under the same name
-        (counting(), new_features(), 2),
+    for encoder, features, frames, asked, count in (
+        (counting(seed=1), new_features(), FRAMES, samples, 5),  # other weights
+        (counting(positions="flat"), new_features(), FRAMES, samples, 5),  # same weights, other positions
+        (counting(heads=4), new_features(), FRAMES, samples, 5),
+        (counting(), new_features(seed=1), FRAMES, samples, 5),  # other pictures under the same name
+        (counting(), new_features(), FRAMES, samples[:1], 4),
+        (counting(), new_features(), 2, samples, 8),
     ):
-        found = cached_tokens(encoder, features, frames, tmp_path)
-        assert encoder.encoded == 20
-        assert found["V@0"].shape[1] == CONFIG.encoder.tokens(frames)
+        found = cached_tokens(encoder, features, frames, tmp_path, asked)
+        assert encoder.encoded == count
+        assert found["V@0"][4].shape == (CONFIG.encoder.tokens(frames), CONFIG.encoder.width)
     assert not list(tmp_path.rglob("*.partial*"))

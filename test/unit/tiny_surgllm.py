@@ -35,6 +35,7 @@ OPTIONS = SurgLLMOptions(
     validation_per_task=2,
     tasks=("location", "phase", "triplet"),
     reconstruction=replace(SETTINGS, batch=4),
+    grounding=SETTINGS,
     alignment=SETTINGS,
     warm_up=SETTINGS,
     tuning=SETTINGS,
