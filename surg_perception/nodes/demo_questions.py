@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,9 +83,9 @@ def facts_of(window: Sequence[FrameLabels]) -> dict[tuple[str, str], Fact]:
     """What the rules of `surgllm.questions` ask about a window of phantom frames, by (type, subject)."""
     seconds = tuple(_second(frame) for frame in window)
     clip = ClipVideo("phantom", "phantom", seconds, CHOLECT50_INSTRUMENTS, 1, NoFrames("labels alone"), ())
-    whole = questions._Window(clip, 0, questions._visible(clip))
-    found = questions._facts(whole, questions._occurring([clip])["phantom"], random.Random(0))
-    return {(f.type, f.subject): Fact(wording(f.type, f.words), _kind(f.type), f.answer) for f in found}
+    return {
+        (f.type, f.subject): Fact(wording(f.type, f.words), _kind(f.type), f.answer) for f in questions.facts_of(clip)
+    }
 
 
 def wording(type_name: str, words: Mapping[str, str]) -> str:

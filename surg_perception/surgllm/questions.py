@@ -480,7 +480,7 @@ QUESTION_TYPES: dict[str, _Type] = {
 
 
 @dataclass(frozen=True)
-class _Fact:
+class Fact:
     """An answer that the labels give.
 
     Attributes:
@@ -557,6 +557,11 @@ def make_samples(
     return samples
 
 
+def facts_of(clip: ClipVideo) -> list[Fact]:
+    """Everything that can be asked about a whole clip taken as one window, with the answers."""
+    return list(_facts(_Window(clip, 0, _visible(clip)), _occurring([clip])[clip.video], random.Random(0)))
+
+
 def make_captions(videos: Sequence[ClipVideo], seed: int, *, stride_s: int = 2) -> list[Caption]:
     """A short caption for windows of 4 s that begin every stride_s seconds (stills: for each still)."""
     rng = random.Random(f"captions {seed}")
@@ -625,7 +630,7 @@ def _occurring(videos: Sequence[ClipVideo]) -> dict[str, _Seen]:
 # ---- balance
 
 
-_Pool = dict[tuple[str, str], list[tuple[float, _Window, _Fact]]]
+_Pool = dict[tuple[str, str], list[tuple[float, _Window, Fact]]]
 
 
 def _caps(
@@ -665,7 +670,7 @@ def _shared_out(room: Mapping[str, int], count: int, rng: random.Random) -> dict
     return given
 
 
-def _balanced(type_: _Type, pool: _Pool, count: int, rng: random.Random) -> Iterator[tuple[_Window, _Fact]]:
+def _balanced(type_: _Type, pool: _Pool, count: int, rng: random.Random) -> Iterator[tuple[_Window, Fact]]:
     """count facts of a type, even over every (subject, answer), so that neither answer nor question tells much."""
     cells, of_answer = _caps(type_, pool)
     tie: defaultdict[object, float] = defaultdict(rng.random)
@@ -692,7 +697,7 @@ def _weight(answer: str) -> float:
     return 0.5 if answer in _NEGATIVE else 2.0 if answer in _TEMPORAL_NEGATIVE else 1.0
 
 
-def _sample(window: _Window, fact: _Fact, rng: random.Random) -> Sample:
+def _sample(window: _Window, fact: Fact, rng: random.Random) -> Sample:
     type_ = QUESTION_TYPES[fact.type]
     templates = type_.templates
     if fact.type in ("which_beside", "which_above") and "only" not in fact.words:
@@ -717,7 +722,7 @@ def _sample(window: _Window, fact: _Fact, rng: random.Random) -> Sample:
 # ---- facts
 
 
-def _facts(window: _Window, seen: _Seen, rng: random.Random) -> Iterator[_Fact]:
+def _facts(window: _Window, seen: _Seen, rng: random.Random) -> Iterator[Fact]:
     """Everything that can be asked about a window."""
     last = window.seconds[-1]
     if last.instruments is not None and window.clip.vocabulary:
@@ -734,29 +739,29 @@ def _facts(window: _Window, seen: _Seen, rng: random.Random) -> Iterator[_Fact]:
             yield from _temporal_facts(window, seen)
 
 
-def _caption_facts(window: _Window, rng: random.Random) -> Iterator[_Fact]:
+def _caption_facts(window: _Window, rng: random.Random) -> Iterator[Fact]:
     short = len(window.seconds) <= SHORT_S
     text = (short_caption if short else long_caption)(window.seconds, rng.randrange(_WORDINGS))
     if text is not None:
-        yield _Fact("short" if short else "long", "", text)
+        yield Fact("short" if short else "long", "", text)
 
 
-def _location_facts(states: Sequence[InstrumentState], vocabulary: Sequence[str], seen: _Seen) -> Iterator[_Fact]:
+def _location_facts(states: Sequence[InstrumentState], vocabulary: Sequence[str], seen: _Seen) -> Iterator[Fact]:
     kinds = sorted({state.instrument for state in states}, key=_order)
     for name, state in _unambiguous(states).items():
         if state.centre is not None:
-            yield _Fact("where", name, _place(state.centre), _words(name))
+            yield Fact("where", name, _place(state.centre), _words(name))
     for name in vocabulary:
         easy = name not in seen.instruments
-        yield _Fact("presence", name, "yes" if name in kinds else "no", _words(name), easy)
-    yield _Fact("list", "", join_names([instrument_name(kind) for kind in kinds]) or "none")
+        yield Fact("presence", name, "yes" if name in kinds else "no", _words(name), easy)
+    yield Fact("list", "", join_names([instrument_name(kind) for kind in kinds]) or "none")
     if seen.boxes:
-        yield _Fact("count", "", str(len({(state.instrument, state.box) for state in states})))
+        yield Fact("count", "", str(len({(state.instrument, state.box) for state in states})))
     else:
-        yield _Fact("count_kinds", "", str(len(kinds)))
+        yield Fact("count_kinds", "", str(len(kinds)))
 
 
-def _movement_facts(seconds: Sequence[SecondLabels]) -> Iterator[_Fact]:
+def _movement_facts(seconds: Sequence[SecondLabels]) -> Iterator[Fact]:
     if any(second.instruments is None for second in seconds):
         return
     for name in sorted({state.instrument for second in seconds for state in second.instruments or ()}, key=_order):
@@ -768,22 +773,22 @@ def _movement_facts(seconds: Sequence[SecondLabels]) -> Iterator[_Fact]:
             answer = _movement(centres) if len(centres) == len(seconds) else None
             if answer is None:
                 continue
-            yield _Fact("move", name, answer, words)
-            yield _Fact("moves", name, "no" if answer == "stays in place" else "yes", words)
+            yield Fact("move", name, answer, words)
+            yield Fact("moves", name, "no" if answer == "stays in place" else "yes", words)
             for axis, one, other in (("across", "to the left", "to the right"), ("along", "up", "down")):
                 if answer in (one, other):
-                    yield _Fact("direction", f"{name} {axis}", answer, {**words, "one": one, "other": other})
+                    yield Fact("direction", f"{name} {axis}", answer, {**words, "one": one, "other": other})
         elif sum(a != b for a, b in itertools.pairwise(there)) == 1:
-            yield _Fact("move", name, "enters the view" if there[-1] else "leaves the view", words)
+            yield Fact("move", name, "enters the view" if there[-1] else "leaves the view", words)
 
 
-def _phase_facts(phase: str, seen: _Seen) -> Iterator[_Fact]:
-    yield _Fact("phase", "", phase_name(phase))
+def _phase_facts(phase: str, seen: _Seen) -> Iterator[Fact]:
+    yield Fact("phase", "", phase_name(phase))
     for other in sorted(seen.phases):
-        yield _Fact("phase_is", other, "yes" if other == phase else "no", {"phase": phase_name(other)})
+        yield Fact("phase_is", other, "yes" if other == phase else "no", {"phase": phase_name(other)})
 
 
-def _relation_facts(states: Sequence[InstrumentState], rng: random.Random) -> Iterator[_Fact]:
+def _relation_facts(states: Sequence[InstrumentState], rng: random.Random) -> Iterator[Fact]:
     one = [(name, state.centre) for name, state in _unambiguous(states).items() if state.centre is not None]
     only = {"only": ""} if len(states) == 2 else {}
     for i, (first, (x1, y1)) in enumerate(one):
@@ -798,38 +803,38 @@ def _relation_facts(states: Sequence[InstrumentState], rng: random.Random) -> It
                 side = rng.randrange(2)
                 truth = (apart > 0) == (a == first) if side == 0 else (apart > 0) != (a == first)
                 words = {**_words(a), "y": instrument_name(b), **only}
-                yield _Fact(way, f"{a} {sides[side]} {b}", "yes" if truth else "no", {**words, "side": sides[side]})
+                yield Fact(way, f"{a} {sides[side]} {b}", "yes" if truth else "no", {**words, "side": sides[side]})
                 answer = instrument_name(a if truth else b)
                 pair = f"{first} {which[side]} {second}"
-                yield _Fact(f"which_{way}", pair, answer, {**words, "side": which[side]})
+                yield Fact(f"which_{way}", pair, answer, {**words, "side": which[side]})
 
 
-def _triplet_facts(states: Sequence[InstrumentState], seen: _Seen, rng: random.Random) -> Iterator[_Fact]:
+def _triplet_facts(states: Sequence[InstrumentState], seen: _Seen, rng: random.Random) -> Iterator[Fact]:
     if any(not state.verb for state in states):
         return
     acts = {(state.instrument, state.verb, state.target) for state in states if _acts(state)}
     for name, state in _unambiguous(states).items():
         words = _words(name)
         act = _act(state, "ing")
-        yield _Fact("doing", name, act or "nothing", words)
+        yield Fact("doing", name, act or "nothing", words)
         others = sorted({(verb, target) for kind, verb, target in seen.acts if kind == name})
         for verb, target in others:
             if (verb, target) != (state.verb, state.target):
-                yield _Fact("acts", f"{name} {verb} {target}", "no", {**words, **_verb_words(verb, target, name)})
+                yield Fact("acts", f"{name} {verb} {target}", "no", {**words, **_verb_words(verb, target, name)})
         if _acts(state):
             more = {**words, **_verb_words(state.verb, state.target, name)}
-            yield _Fact("acts", f"{name} {state.verb} {state.target}", "yes", more)
+            yield Fact("acts", f"{name} {state.verb} {state.target}", "yes", more)
         for verb in sorted({verb for verb, _ in others}):
             answer = target_name(state.target) if _acts(state) and verb == state.verb else "nothing"
-            yield _Fact("what", f"{name} {verb}", answer, {**words, **_verb_words(verb, "", name)})
+            yield Fact("what", f"{name} {verb}", answer, {**words, **_verb_words(verb, "", name)})
     for verb, target in sorted({(verb, target) for _, verb, target in seen.acts}):
         by = sorted({name for name, *act in acts if act == [verb, target]}, key=_order)
         if len(by) < 2:
             answer = instrument_name(by[0]) if by else "none"
-            yield _Fact("who", f"{verb} {target}", answer, _verb_words(verb, target))
+            yield Fact("who", f"{verb} {target}", answer, _verb_words(verb, target))
 
 
-def _temporal_facts(window: _Window, seen: _Seen) -> Iterator[_Fact]:
+def _temporal_facts(window: _Window, seen: _Seen) -> Iterator[Fact]:
     seconds = window.seconds
     if all(second.instruments is not None for second in seconds):
         for name in window.clip.vocabulary:
@@ -838,29 +843,29 @@ def _temporal_facts(window: _Window, seen: _Seen) -> Iterator[_Fact]:
             rises = [i for i in range(1, len(there)) if there[i] and not there[i - 1]]
             falls = [i for i in range(1, len(there)) if there[i - 1] and not there[i]]
             if not any(there):
-                yield _Fact("appears", name, NOT_APPEARING, words, easy)
-                yield _Fact("visible", name, NOT_VISIBLE, words, easy)
+                yield Fact("appears", name, NOT_APPEARING, words, easy)
+                yield Fact("visible", name, NOT_VISIBLE, words, easy)
                 continue
             if len(rises) == 1 and not there[0]:
-                yield _Fact("appears", name, f"at second {rises[0]}", words)
+                yield Fact("appears", name, f"at second {rises[0]}", words)
             if len(falls) == 1 and not there[-1]:
-                yield _Fact("disappears", name, f"at second {falls[0]}", words)
+                yield Fact("disappears", name, f"at second {falls[0]}", words)
             if all(there):
-                yield _Fact("disappears", name, NOT_DISAPPEARING, words)
+                yield Fact("disappears", name, NOT_DISAPPEARING, words)
             if len(rises) + there[0] == 1:
                 first = there.index(True)
-                yield _Fact("visible", name, f"{first} to {first + sum(there) - 1}", words)
+                yield Fact("visible", name, f"{first} to {first + sum(there) - 1}", words)
     phases = [second.phase for second in seconds]
     if None not in phases:
         starts = [i for i in range(1, len(phases)) if phases[i] != phases[i - 1]]
-        yield _Fact("phase_change", "", "yes" if starts else "no")
+        yield Fact("phase_change", "", "yes" if starts else "no")
         for phase in sorted(seen.phases):
             words = {"phase": phase_name(phase)}
             begun = [i for i in starts if phases[i] == phase]
             if phase not in phases:
-                yield _Fact("phase_starts", phase, NOT_STARTING, words)
+                yield Fact("phase_starts", phase, NOT_STARTING, words)
             elif len(begun) == 1 and phases[0] != phase:
-                yield _Fact("phase_starts", phase, f"at second {begun[0]}", words)
+                yield Fact("phase_starts", phase, f"at second {begun[0]}", words)
 
 
 def _movement(centres: Sequence[tuple[float, float]]) -> str | None:
