@@ -340,6 +340,9 @@ def _add_surgllm(actions: Any) -> None:
     surgllm.add_argument(
         "--adapter-per-task", type=int, default=500, help="more of them for its adapter (default: %(default)s)"
     )
+    surgllm.add_argument(
+        "--tune-questions", type=int, default=0, metavar="N", help="at most, for the joint tuning; 0 for all (default)"
+    )
     surgllm.add_argument("--tasks", metavar="NAMES", help="with adapters of their own, by comma (default: all)")
     surgllm.add_argument("--seed", type=int, default=0, help="of questions and weights (default: %(default)s)")
     for option, _, text in _SURGLLM_STAGES:
@@ -383,6 +386,7 @@ def _surgllm(options: argparse.Namespace) -> int:
         held_out=_names(options.held_out),
         per_task=options.per_task,
         adapter_per_task=options.adapter_per_task,
+        tune_questions=options.tune_questions,
         seed=options.seed,
         stills=options.stills,
     )

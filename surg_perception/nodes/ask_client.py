@@ -48,22 +48,25 @@ def ask(
     node = rclpy.create_node(f"ask_{os.getpid()}", namespace=namespace, context=context)
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(node)
+    client = ActionClient(node, Answer, "answer")
     try:
         goal = Answer.Goal(question=question, task=task, window_s=window_s)
-        return _Asking(node, executor, goal, on_text).run(timeout_s)
+        return _Asking(client, node.resolve_service_name("answer"), executor, goal, on_text).run(timeout_s)
     finally:
         executor.shutdown(timeout_sec=1.0)
+        client.destroy()
         node.destroy_node()
         rclpy.shutdown(context=context)
 
 
 class _Asking:
-    def __init__(self, node: Any, executor: Any, goal: Answer.Goal, on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self, client: ActionClient, name: str, executor: Any, goal: Answer.Goal, on_text: Callable[[str], None]
+    ) -> None:
+        self._client, self._name = client, name
         self._executor = executor
         self._goal = goal
         self._on_text = on_text
-        self._client = ActionClient(node, Answer, "answer")
-        self._name = node.resolve_service_name("answer")
 
     def run(self, timeout_s: float) -> tuple[Answer.Result, bool]:
         end_s = time.monotonic() + timeout_s

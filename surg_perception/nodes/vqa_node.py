@@ -85,6 +85,10 @@ class VqaNode(PerceptionNode):
             result_timeout=60,
         )
 
+    def destroy_node(self) -> None:
+        self._action_server.destroy()  # rclpy leaves it in the ROS graph otherwise
+        super().destroy_node()
+
     # Transitions ----------------------------------------------------------------------------------------------------
 
     def configure(self) -> None:

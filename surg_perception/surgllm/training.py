@@ -67,6 +67,7 @@ class SurgLLMOptions:
         config: of `CONFIGS`, or one's own.
         held_out: videos (`ClipVideo.video`) that only measure.
         per_task: questions of each task for the joint tuning.
+        tune_questions: at most so many of them go through the language model; 0 for all. The warm-up sees all.
         adapter_per_task: fresh questions of each task for its adapter.
         validation_per_task: of the held-out videos.
         tasks: with an adapter of their own.
@@ -81,6 +82,7 @@ class SurgLLMOptions:
     held_out: tuple[str, ...] = ()
     per_task: int = 1500
     adapter_per_task: int = 500
+    tune_questions: int = 0
     validation_per_task: int = 32
     tasks: tuple[str, ...] = TASKS
     seed: int = 0
@@ -229,7 +231,7 @@ def train_surgllm(
     tune(
         model,
         prompter,
-        samples,
+        samples[: options.tune_questions or None],
         tokens,
         JOINT,
         replace(options.tuning, seed=seed),
@@ -262,6 +264,7 @@ def train_surgllm(
             "held_out": list(options.held_out),
             "seconds": sum(map(len, training)),
             "questions": {task: sum(s.task == task for s in samples) for task in TASKS},
+            "tuned_on": options.tune_questions or len(samples),
             "seed": seed,
             "stages": {
                 stage: {"epochs": s.epochs, "batch": s.batch, "learning_rate": s.learning_rate}

@@ -46,7 +46,7 @@ WARM_UP = TrainSettings(
 
 TUNING = TrainSettings(
     epochs=1,
-    batch=32,
+    batch=16,
     learning_rate=6e-4,
     final_learning_rate=1e-5,
     schedule="one_cycle",
@@ -59,7 +59,7 @@ TUNING = TrainSettings(
 
 ADAPTING = TrainSettings(
     epochs=1,
-    batch=32,
+    batch=16,
     learning_rate=4e-4,
     final_learning_rate=1e-5,
     schedule="one_cycle",

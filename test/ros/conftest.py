@@ -47,6 +47,8 @@ class Graph:
 
     def __init__(self, domain: int) -> None:
         self.domain = domain
+        self.closing: list[Callable[[], None]] = []
+        """Called when nothing spins any more, before the nodes are destroyed."""
         self._strangers: list[Any] = []
         self._clients: dict[str, Any] = {}
         self.context = rclpy.Context()
@@ -111,6 +113,8 @@ class Graph:
             executor.shutdown(timeout_sec=2.0)
         for thread in self._threads:
             thread.join(5.0)
+        for close in self.closing:
+            close()
         for node in self._nodes:
             node.destroy_node()
         rclpy.shutdown(context=self.context)

@@ -157,7 +157,7 @@ class Rig:
         self.node = graph.start(partial(VqaNode, load=loaded), **{**defaults, **parameters})
         self.images = graph.client.create_publisher(Image, "image", 10)
         self.service = graph.client.create_client(Ask, "ask")
-        self.action = ActionClient(graph.client, Answer, "answer")
+        self.action = action_client(graph)
         assert self.service.wait_for_service(LONG_S)
         assert self.action.wait_for_server(LONG_S)
 
@@ -172,8 +172,11 @@ class Rig:
             level = first + int(second)
             self.images.publish(stamped(raw_image(np.full((24, 32, 3), level, np.uint8)), self.stamp_ns(second)))
             self.wait_for(second)
-        wait_until(lambda: self.model.encoded and self.model.encoded[-1][-1] == level, LONG_S, "the image's features")
+            self.wait_for_features(level)
         return self
+
+    def wait_for_features(self, level: int) -> None:
+        wait_until(lambda: self.model.encoded and self.model.encoded[-1][-1] == level, LONG_S, "the image's features")
 
     def wait_for(self, second: float) -> None:
         wait_until(lambda: self.node._buffer.newest_ns == self.stamp_ns(second), LONG_S, "the image in the buffer")
@@ -192,6 +195,12 @@ class Rig:
 
     def send(self, question: str = QUESTION, **fields: Any) -> Goal:
         return Goal(self.graph, self.action, Answer.Goal(question=question, **fields))
+
+
+def action_client(graph: Graph) -> ActionClient:
+    client = ActionClient(graph.client, Answer, "answer")
+    graph.closing.append(client.destroy)  # rclpy leaves it in the ROS graph otherwise, for the tests that follow
+    return client
 
 
 class Goal:
@@ -873,7 +882,7 @@ def test_the_shipped_model_answers_about_the_phantom(graph: Graph, shipped: str)
         VqaNode, model__path=shipped, input__reliability="reliable", runtime__niceness=0, deadline_s=120.0
     )
     images = graph.client.create_publisher(Image, "image", 10)
-    action = ActionClient(graph.client, Answer, "answer")
+    action = action_client(graph)
     assert graph.transition(node, "configure", "activate")
     wait_until(lambda: images.get_subscription_count() or node._worker.failure, 300, "the model")
     assert not node._worker.failure
