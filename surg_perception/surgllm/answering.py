@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,10 @@ class Assistant:
                 f"frames {frames.dtype} {frames.shape} found, expected uint8 BGR [1 to {self.segment_frames}, {size}, "
                 f"{size}, 3]"
             )
-        with self._computing():
+        with self._threads_of_its_own():  # the stem in float32, as the trainings' features are
             stems = [self._stem_of(frame) for frame in frames]
             stems += [stems[-1]] * (self.segment_frames - len(stems))
+        with self._computing():
             return self._model.encoder.encode(torch.stack(stems, dim=1)[None]).half()[0]
 
     def ask(
@@ -274,15 +275,17 @@ class Assistant:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """This assistant's threads, and bfloat16 where the processor is fast at it."""
+        fast = self._model.language_model.base.dtype == torch.bfloat16
+        with self._threads_of_its_own(), torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            yield
+
+    @contextmanager
+    def _threads_of_its_own(self) -> Iterator[None]:
         before = torch.get_num_threads()
-        fast: AbstractContextManager[Any] = torch.autocast(
-            "cpu", torch.bfloat16, enabled=self._model.language_model.base.dtype == torch.bfloat16
-        )
         try:
             if self._threads:
                 torch.set_num_threads(self._threads)
-            with fast:
-                yield
+            yield
         finally:
             torch.set_num_threads(before)
 

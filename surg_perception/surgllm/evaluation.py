@@ -360,8 +360,9 @@ def _asked(
 
 def _segments(assistant: Answerer, sample: Sample) -> list[tuple[int, int]]:
     """Seconds [start, end) of a window's segments, counted from the clip's start."""
-    step = assistant.segment_frames
-    return [(start, min(start + step, sample.end_s)) for start in range(sample.start_s, sample.end_s, step)]
+    from surg_perception.surgllm.tuning import segments_of
+
+    return segments_of(sample.start_s, sample.end_s, assistant.segment_frames)
 
 
 def _clip_features(assistant: Answerer, clip: ClipVideo, samples: Sequence[Sample]) -> dict[tuple[int, int], Any]:
