@@ -60,6 +60,7 @@ class _Sample(Generic[F]):
     place: int  # in its run of frames without a gap, counted from 0
     attempted: bool = False  # the segment that ends with it was given to the encoder
     features: F | None = None  # of that segment
+    encoded: int = 0  # frames of that segment
 
 
 class ClipBuffer(Generic[F]):
@@ -76,8 +77,8 @@ class ClipBuffer(Generic[F]):
     just after it are shorter. A step back of more than 2.5 periods (a recording that loops) clears the buffer. A
     smaller step back is frames in the wrong order: they are left out.
 
-    Age: a frame is dropped when it is `length_s` old, with its segment, by stamps as frames come, and by the steady
-    clock in `expire`. Features hold at most `segment_frames - 1` frames more than the frames that are there.
+    Age: a frame is dropped when it is `length_s` old, by stamps as frames come, and by the steady clock in `expire`.
+    Features of segments that it was in are not used from then on.
 
     Args:
         encode: uint8 [T, size, size, 3] BGR, T from 1 to segment_frames, to features; called by `encode_next` only.
@@ -193,7 +194,7 @@ class ClipBuffer(Generic[F]):
             frames: NDArray[np.uint8] = np.stack([sample.frame for sample in self._segment(samples, at)])
         features = self._encode(frames)
         with self._lock:
-            last.features = features
+            last.features, last.encoded = features, len(frames)
         return True
 
     def _segment(self, samples: list[_Sample[F]], at: int) -> list[_Sample[F]]:
@@ -237,38 +238,40 @@ class ClipBuffer(Generic[F]):
         """The cached features of segments that reach from the newest encoded frame of the span back to its start.
 
         Segments are used whole, so up to segment_frames - 1 frames before the span may count; the stamps of the window
-        say so. More than max_segments: the newest ones.
+        say so. More than max_segments: the newest ones. Where the buffer begins, up to segment_frames - 1 frames whose
+        segment has lost a frame are left out.
 
         Raises:
-            NoFrames: the buffer holds no encoded frame.
+            NoFrames: the buffer holds no whole encoded segment.
             WindowOutside: none of the encoded frames lies in the span.
         """
         with self._lock:
             samples = list(self._samples)
-            known = [sample for sample in samples if sample.features is not None]
-            if not known:
-                raise NoFrames("no encoded frame is in the buffer")
-            inside = [i for i, s in enumerate(samples) if s.features is not None and start_ns <= s.stamp_ns <= end_ns]
-            if not inside:
-                raise _outside(start_ns, end_ns, known)
-            used: list[tuple[list[_Sample[F]], F]] = []
-            at = inside[-1]
-            while at >= 0 and samples[at].stamp_ns >= start_ns and len(used) < self._max_segments:
-                features = samples[at].features
-                if features is None:
-                    break
-                segment = self._segment(samples, at)
-                used.insert(0, (segment, features))
-                at -= len(segment)
+            features = [sample.features if sample.encoded <= i + 1 else None for i, sample in enumerate(samples)]
+        known = [i for i, found in enumerate(features) if found is not None]
+        if not known:
+            raise NoFrames("no encoded segment is in the buffer")
+        inside = [i for i in known if start_ns <= samples[i].stamp_ns <= end_ns]
+        if not inside:
+            raise _outside(start_ns, end_ns, [samples[i] for i in known])
+        used: list[tuple[list[_Sample[F]], F]] = []
+        at = inside[-1]
+        while at >= 0 and samples[at].stamp_ns >= start_ns and len(used) < self._max_segments:
+            found = features[at]
+            if found is None:
+                break
+            segment = samples[at + 1 - samples[at].encoded : at + 1]
+            used.insert(0, (segment, found))
+            at -= len(segment)
         first = used[0][0][0]
         return Window(
             tuple(
                 (
                     (segment[0].tick - first.tick) / self._rate_hz,
                     (segment[-1].tick + 1 - first.tick) / self._rate_hz,
-                    features,
+                    found,
                 )
-                for segment, features in used
+                for segment, found in used
             ),
             first.stamp_ns,
             used[-1][0][-1].stamp_ns,
