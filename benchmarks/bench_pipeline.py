@@ -86,7 +86,7 @@ def measure(case: str, duration_s: float, own_profile: bool, model: str) -> dict
     launch = subprocess.Popen(
         [
             *("ros2", "launch", "surg_perception", "pipeline.launch.py", f"transport:={transport}"),
-            *(f"dds_profile:={str(own_profile).lower()}", f"model:={model}"),
+            *(f"dds_profile:={str(own_profile).lower()}", f"model:={model}", "vqa:=false"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -238,6 +238,12 @@ def test_a_stream_that_stopped_is_forgotten() -> None:
     assert clip.frames == 6
     clip.expire(8.0)
     assert clip.frames == 5
+    window = clip.window(*clip.span(8.0))
+    assert window.segments == ((0.0, 4.0, (2, 3, 4, 5)),), "the segment (0, 1) has lost a frame"
+    assert (window.first_ns, window.frames) == (stamps(2)[0], 4)
+    clip.expire(11.0)
+    with pytest.raises(NoFrames):
+        clip.window(*clip.span(8.0))
     clip.expire(13.0)
     assert (clip.frames, clip.newest_ns) == (0, None)
     with pytest.raises(NoFrames):
