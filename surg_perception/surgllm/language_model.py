@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,16 @@ class LanguageModel(nn.Module):
     def width(self) -> int:
         """Of the embeddings."""
         return int(self.base.get_input_embeddings().embedding_dim)
+
+    @property
+    def words(self) -> Tensor:
+        """Embeddings of all tokens [vocabulary, width], frozen."""
+        return self.base.get_input_embeddings().weight.detach()
+
+    @cached_property
+    def word_length(self) -> float:
+        """Mean Euclidean length of the tokens' embeddings."""
+        return float(self.words.float().norm(dim=1).mean())
 
     def add_adapter(self, name: str, start: str | None = None) -> None:
         """A new adapter, equal to the adapter `start`, or one that changes nothing yet; it becomes the active one."""

@@ -184,12 +184,21 @@ class SurgLLM(nn.Module):
             segments: encoder tokens [S, N, width] of all segments of the batch, in the prompts' order.
             batch: of `Prompter.batch`.
         """
-        queried = self.qformer(segments.float(), batch["question_ids"], batch["question_attention"])
-        visual = self.project(queried).flatten(0, 1)
+        visual = self.visual(segments, batch).flatten(0, 1)
         words = self.language_model.embed(batch["ids"])
         place = batch["visual"]
         seen = visual[place.clamp(min=0)].to(words.dtype)
         return torch.where((place >= 0)[..., None], seen, words)
+
+    def visual(self, segments: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Visual tokens [S, queries, language model's width], as long as the language model's words are on average.
+
+        Args:
+            segments: encoder tokens [S, N, width].
+            batch: `question_ids` and `question_attention` of `Prompter.batch`.
+        """
+        queried = self.qformer(segments.float(), batch["question_ids"], batch["question_attention"])
+        return F.normalize(self.project(queried).float(), dim=-1) * self.language_model.word_length
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Loss of the answers: mean over answers of the mean cross-entropy of their tokens and end tokens.

@@ -95,7 +95,7 @@ class Prompter:
             text(self._ids(f"Question: {item.question}\nAnswer:"))
             asked = len(ids)
             if item.answer is not None:
-                text([*self._ids(f" {item.answer}"), self.tokenizer.eos_token_id])
+                text(self.answer_ids(item.answer))
             rows.append(ids)
             visual.append(seen)
             labels.append([IGNORED] * asked + ids[asked:])
@@ -114,6 +114,10 @@ class Prompter:
             "question_ids": asked_of["input_ids"],
             "question_attention": asked_of["attention_mask"],
         }
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Tokens of an answer as the language model is to say it, its end token last."""
+        return [*self._ids(f" {answer}"), self.tokenizer.eos_token_id]
 
     def text(self, ids: Sequence[int]) -> str:
         """The answer in tokens, as text."""

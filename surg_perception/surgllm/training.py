@@ -224,7 +224,7 @@ def train_surgllm(
     model.language_model.add_adapter(JOINT)
 
     console.rule("TM-Tuning: warm-up of the Q-Former")
-    warm_up = WarmUpTask(model, prompter, samples, tokens, sentences.embed, measured)
+    warm_up = WarmUpTask(model, prompter, samples, tokens, measured)
     fit(warm_up, replace(options.warm_up, seed=seed), folder / "c_warm_up", resume=resume, console=console)
 
     console.rule("TM-Tuning: all tasks together")

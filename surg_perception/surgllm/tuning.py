@@ -2,9 +2,10 @@
 """TM-Tuning: the Q-Former and an adapter learn to answer about interleaved segments; then an adapter for each task.
 
 The encoder is frozen, so that the tokens of every segment are computed once and kept on disk. Before the language
-model joins, a short warm-up lets the Q-Former find what questions are about: its visual tokens, averaged, are to be
-nearest to the sentence embedding of the right answer among the batch's answers (InfoNCE, van den Oord et al.,
-arXiv 1807.03748; equal answers count as one). It costs a tenth of a step through the language model.
+model joins, a warm-up lets the Q-Former spell: its first visual token is to point where the language model has the word
+embedding of the answer's first token, the second where it has the second, and so on to the end token. It costs a tenth
+of a step through the language model, which then finds the answer before its eyes in its own words and has to learn
+little more than to read it out; without, a few thousand questions do not teach a frozen language model to see.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from surg_perception.gsvit.trainer import Task, TrainSettings, fit
 from surg_perception.surgllm.encoder import VideoEncoder
 from surg_perception.surgllm.feature_cache import write_array
 from surg_perception.surgllm.language_model import JOINT
-from surg_perception.surgllm.model import QFormer, SurgLLM
-from surg_perception.surgllm.prompt import Prompted, Prompter, Span
+from surg_perception.surgllm.model import SurgLLM
+from surg_perception.surgllm.prompt import IGNORED, Prompted, Prompter, Span
 from surg_perception.surgllm.questions import Sample
 
 WARM_UP = TrainSettings(
     epochs=6,
     batch=128,
-    learning_rate=1e-3,
+    learning_rate=7e-4,
     final_learning_rate=1e-5,
     schedule="one_cycle",
     optimiser="adamw",
@@ -70,7 +71,7 @@ ADAPTING = TrainSettings(
 )
 """Of one task's adapter, from the joint one."""
 
-_TEMPERATURE = 0.07
+_TEMPERATURE = 0.05
 _ORDER_CHUNK = 16  # batches whose samples are sorted by length together
 _ENCODED_AT_ONCE = 16
 
@@ -273,29 +274,27 @@ class TuningTask(Task):
 
 
 class _WarmUpNetwork(nn.Module):
-    """The Q-Former and a map from its averaged visual tokens to sentence embeddings."""
+    """The Q-Former and the map to the language model's embeddings."""
 
-    def __init__(self, qformer: QFormer, width: int, sentence_width: int) -> None:
+    def __init__(self, model: SurgLLM) -> None:
         super().__init__()
-        self.qformer = qformer
-        self.to_sentence = nn.Linear(width, sentence_width)
+        self.qformer, self.project = model.qformer, model.project
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """float [B, sentence width], unit length."""
+        """Directions of the visual tokens, float [B, queries, width], unit length."""
         seen = self.qformer(batch["segments"].float(), batch["question_ids"], batch["question_attention"])
-        return F.normalize(self.to_sentence(seen.mean(dim=1)).float(), dim=-1)
+        return F.normalize(self.project(seen).float(), dim=-1)
 
 
 class WarmUpTask(Task):
-    """Visual tokens of a question's last segment find its answer among those of the batch.
+    """Visual tokens of a question's last segment spell its answer in the language model's own word embeddings.
 
     Args:
-        model: its Q-Former is trained.
+        model: its Q-Former and projection are trained.
         prompter: of the same configuration.
-        samples: those about the whole of a longer window are left out.
+        samples: captions, and questions about the whole of a longer window, are left out.
         tokens: see `Tokens`.
-        embed: sentence embeddings float32 [n, width] of answers, unit length.
-        validation: samples whose answers are to be found among all of theirs.
+        validation: samples whose answers are to be spelled.
     """
 
     def __init__(
@@ -304,25 +303,21 @@ class WarmUpTask(Task):
         prompter: Prompter,
         samples: Sequence[Sample],
         tokens: Tokens,
-        embed: Callable[[list[str]], NDArray[np.float32]],
         validation: Sequence[Sample] = (),
     ) -> None:
-        frames = prompter.config.segment_frames
-
-        def about_the_end(sample: Sample) -> bool:
-            return sample.end_s - sample.start_s <= frames or sample.task not in ("caption", "temporal")
-
-        self.prompter, self.tokens, self.frames = prompter, tokens, frames
-        self.training = [sample for sample in samples if about_the_end(sample)]
-        self.validation = [sample for sample in validation if about_the_end(sample)]
+        self.prompter, self.tokens, self.frames = prompter, tokens, prompter.config.segment_frames
+        self.training = [sample for sample in samples if self._about_the_end(sample)]
+        self.validation = [sample for sample in validation if self._about_the_end(sample)]
         self.samples = len(self.training)
-        answers = sorted({sample.answer for sample in (*self.training, *self.validation)})
-        self.number = {answer: i for i, answer in enumerate(answers)}
-        self.vectors = torch.from_numpy(np.asarray(embed(answers), np.float32))
-        model.qformer.requires_grad_(True)
-        for key, parameter in model.qformer.named_parameters():
-            parameter.requires_grad_(not key.startswith("words.base."))
-        self.module = _WarmUpNetwork(model.qformer, prompter.config.qformer.width, self.vectors.shape[1])
+        spelled = {s.answer: self._spelled(s.answer) for s in (*self.training, *self.validation)}
+        self.known = sorted({token for tokens_of in spelled.values() for token in tokens_of})
+        number = {token: i for i, token in enumerate(self.known)}
+        self.spelling = {answer: [number[token] for token in ids] for answer, ids in spelled.items()}
+        self.words = F.normalize(model.language_model.words[self.known].float(), dim=-1)
+        self.module = _WarmUpNetwork(model)
+        model.requires_grad_(False)
+        for key, parameter in self.module.named_parameters():
+            parameter.requires_grad_(not key.startswith("qformer.words.base."))
 
     def identity(self) -> Mapping[str, Any]:
         text = json.dumps([asdict(sample) for sample in self.training], sort_keys=True)
@@ -332,21 +327,28 @@ class WarmUpTask(Task):
         return self._tensors([self.training[i] for i in indices])
 
     def loss(self, module: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        answers, truth = batch["answer"].unique(return_inverse=True)
-        scores = module(batch) @ self.vectors.to(batch["answer"].device)[answers].T / _TEMPERATURE
-        return F.cross_entropy(scores, truth), {}
+        scores = module(batch) @ self.words.to(batch["spelled"].device).T / _TEMPERATURE
+        return F.cross_entropy(scores.flatten(0, 1), batch["spelled"].flatten(), ignore_index=IGNORED), {}
 
     def end_of_epoch(self, epoch: int, module: nn.Module, folder: Path) -> dict[str, float]:
-        if not self.validation:
-            return {}
-        right = []
+        """Share of answers that are spelled right to the end, by task."""
+        right: dict[str, list[bool]] = {}
         for first in range(0, len(self.validation), 128):
-            batch = self._tensors(self.validation[first : first + 128])
+            chunk = self.validation[first : first + 128]
             device = next(module.parameters()).device
-            found = module({key: value.to(device) for key, value in batch.items()}).cpu()
-            right += ((found @ self.vectors.T).argmax(dim=1) == batch["answer"]).tolist()
-        counts = np.bincount([self.number[sample.answer] for sample in self.validation])
-        return {"answer_found": float(np.mean(right)), "answer_found_majority": float(counts.max() / counts.sum())}
+            batch = {key: value.to(device) for key, value in self._tensors(chunk).items()}
+            found = (module(batch) @ self.words.to(device).T).argmax(dim=-1)
+            whole = ((found == batch["spelled"]) | (batch["spelled"] == IGNORED)).all(dim=1)
+            for sample, spelled in zip(chunk, whole.tolist(), strict=True):
+                right.setdefault(sample.task, []).append(spelled)
+        return {f"spelled_{task}": float(np.mean(marks)) for task, marks in right.items()}
+
+    def _about_the_end(self, sample: Sample) -> bool:
+        short = sample.end_s - sample.start_s <= self.frames
+        return sample.kind != "open" and (short or sample.task != "temporal")
+
+    def _spelled(self, answer: str) -> list[int]:
+        return self.prompter.answer_ids(answer)[: self.prompter.config.qformer.queries]
 
     def _tensors(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         last = [segments_of(sample.start_s, sample.end_s, self.frames)[-1:] for sample in samples]
@@ -357,11 +359,14 @@ class WarmUpTask(Task):
             for sample, window in zip(samples, last, strict=True)
             for row in _rows(self.tokens, sample.video, window, self.frames)
         ]
+        spelled = np.full((len(samples), self.prompter.config.qformer.queries), IGNORED, np.int64)
+        for row, sample in zip(spelled, samples, strict=True):
+            row[: len(self.spelling[sample.answer])] = self.spelling[sample.answer]
         return {
             "question_ids": asked["question_ids"],
             "question_attention": asked["question_attention"],
             "segments": torch.from_numpy(np.stack(rows)),
-            "answer": torch.tensor([self.number[sample.answer] for sample in samples]),
+            "spelled": torch.from_numpy(spelled),
         }
 
 

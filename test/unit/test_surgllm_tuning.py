@@ -208,28 +208,22 @@ def test_validation_measures_each_task_by_itself(tmp_path: Path) -> None:
     assert figures["loss_phase"] == pytest.approx(np.mean(single), rel=0.02)
 
 
-def test_the_warm_up_lets_visual_tokens_tell_the_answer(tmp_path: Path) -> None:
-    """Odd and even segments look different; the Q-Former has to find out which is which."""
-    answers = {"hook": [1.0, 0.0], "grasper": [0.0, 1.0], "a long story": [-1.0, 0.0]}
+def test_the_warm_up_lets_visual_tokens_spell_the_answer(tmp_path: Path) -> None:
+    """Odd and even segments look different; the Q-Former has to find out which is which, letter by letter."""
     tokens = new_tokens(40)
     tokens["V@0"][:, :, : CONFIG.encoder.width // 2] += np.float16(3) * (np.arange(40) % 2)[:, None, None]
-    samples = [sample(i, i + 4, ("hook", "grasper")[i % 2]) for i in range(36)]
-    long = sample(0, 16, "a long story", task="caption")
-    model = new_model()
-    task = WarmUpTask(
-        model,
-        Prompter(CONFIG),
-        [*samples[:24], long],
-        tokens,
-        lambda texts: np.array([answers[text] for text in texts], np.float32),
-        validation=samples[24:],
-    )
-    assert task.samples == 24  # a caption of the whole window is not about its last segment
+    samples = [sample(i, i + 4, ("up", "no")[i % 2]) for i in range(36)]
+    long = replace(sample(0, 16, "a long story", task="caption"), kind="open")
+    model, prompter = new_model(), Prompter(CONFIG)
+    task = WarmUpTask(model, prompter, [*samples[:24], long], tokens, validation=samples[24:])
+    assert task.samples == 24  # captions are longer than a segment's visual tokens
+    spelled = task._tensors(samples[:1])["spelled"][0].tolist()
+    assert prompter.text([task.known[i] for i in spelled if i >= 0]) == "up"
     before = state(model)
-    fit(task, replace(SETTINGS, epochs=10, batch=12), tmp_path, console=quiet())
-    assert changed(before, model) == {"qformer"}
+    fit(task, replace(SETTINGS, epochs=20, batch=12), tmp_path, console=quiet())
+    assert changed(before, model) == {"qformer", "project"}
     figures = read_lines(tmp_path / "metrics.jsonl")
-    assert figures[-1]["answer_found"] > 0.9 > 0.6 > figures[-1]["answer_found_majority"]
+    assert figures[-1]["spelled_triplet"] > 0.9 > figures[0]["spelled_triplet"]
 
 
 # ---- tokens on disk ----------------------------------------------------------------------------------------
