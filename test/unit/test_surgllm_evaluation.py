@@ -135,9 +135,9 @@ def test_each_condition_asks_the_right_adapter_with_the_right_frames(tmp_path: P
         (0, 0, 0),
         (0, 0, 0, 0),
         (1, 2, 3, 4),
-        (4, 5, 6, 7),
+        (4, 5),
         (6, 7, 8),
-        (8, 9),
+        (6, 7, 8, 9),
     ]
     # An adapter that two conditions share is asked once.
     assert len(reader.asked) == 4 + 2 + 3 + 4
@@ -405,12 +405,10 @@ def test_the_assistant_is_asked_as_a_user_asks_it(tmp_path: Path) -> None:
     assert len(set(found.answers["joint"] + found.answers["oracle"])) > 2
     frames = [np.full((32, 32, 3), i + 1, np.uint8) for i in range(20)]
     for i, sample in enumerate(samples):
+        starts = [max(sample.start_s, end - 4) for end in range(sample.end_s, sample.start_s, -4)][::-1]
         window = [
-            (first, min(first + 4, sample.end_s - sample.start_s), assistant.encode(np.stack(frames[start:end])))
-            for first, start, end in (
-                (start - sample.start_s, start, min(start + 4, sample.end_s))
-                for start in range(sample.start_s, sample.end_s, 4)
-            )
+            (start - sample.start_s, end - sample.start_s, assistant.encode(np.stack(frames[start:end])))
+            for start, end in zip(starts, [*starts[1:], sample.end_s], strict=True)
         ]
         assert assistant.ask(sample.question, window).text == found.answers["routed"][i]
         assert assistant.ask(sample.question, window, task="number").text == found.answers["oracle"][i]
