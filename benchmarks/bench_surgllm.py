@@ -31,8 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 from surg_perception.data.phantom import Phantom
+from surg_perception.models import ModelError
 from surg_perception.stream.image_decode import resize_to_model_input
 from surg_perception.surgllm.answering import Assistant
+from surg_perception.surgllm.model_folder import find_surgllm
 
 QUESTIONS = (
     "What is the surgical phase?",
@@ -191,6 +193,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench_surgllm.json"))
     options = parser.parse_args()
     console = Console()
+    try:
+        find_surgllm(options.model)
+    except ModelError as error:
+        console.print(f"no answers measured: {error}")
+        return
     with console.status("the model in this process"):
         started = time.perf_counter()
         assistant = Assistant.load(options.model, threads=options.threads)
