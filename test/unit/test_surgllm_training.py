@@ -84,7 +84,7 @@ def test_each_stage_measured_the_video_held_out(tiny_surgllm: Path) -> None:
     }
     assert figures["a_reconstruction"]["mse"] > 0
     assert figures["b_alignment"]["gallery"] > 0
-    assert 0 <= figures["c_warm_up"]["answer_found"] <= 1
+    assert 0 <= figures["c_warm_up"]["spelled_phase"] <= 1
     assert {"loss_phase", "loss_location", "loss_triplet"} <= figures["d_joint"].keys()
     assert [key for key in figures["e_phase"] if key.startswith("loss_")] == ["loss_phase"]
 
