@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,7 @@ TUNING = TrainSettings(
 )
 """Of the joint tuning."""
 
-ADAPTING = TrainSettings(
-    epochs=1,
-    batch=16,
-    learning_rate=4e-4,
-    final_learning_rate=1e-5,
-    schedule="one_cycle",
-    optimiser="adamw",
-    weight_decay=0.0,
-    gradient_clip=1.0,
-    precision="bf16",
-)
+ADAPTING = replace(TUNING, learning_rate=4e-4, weight_decay=0.0)
 """Of one task's adapter, from the joint one."""
 
 _TEMPERATURE = 0.05
