@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import rclpy
@@ -51,7 +54,9 @@ def ask(
     client = ActionClient(node, Answer, "answer")
     try:
         goal = Answer.Goal(question=question, task=task, window_s=window_s)
-        return _Asking(client, node.resolve_service_name("answer"), executor, goal, on_text).run(timeout_s)
+        with _counted_interrupts() as interrupts:
+            name = node.resolve_service_name("answer")
+            return _Asking(client, name, executor, goal, on_text, interrupts).run(timeout_s)
     finally:
         executor.shutdown(timeout_sec=1.0)
         client.destroy()
@@ -59,28 +64,52 @@ def ask(
         rclpy.shutdown(context=context)
 
 
+@contextmanager
+def _counted_interrupts() -> Iterator[list[int]]:
+    """A list that grows with each Ctrl-C, in place of a KeyboardInterrupt somewhere inside rclpy; the second raises."""
+    interrupts: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        interrupts.append(number)
+        if len(interrupts) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupts  # Ctrl-C never arrives there
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class _Asking:
     def __init__(
-        self, client: ActionClient, name: str, executor: Any, goal: Answer.Goal, on_text: Callable[[str], None]
+        self,
+        client: ActionClient,
+        name: str,
+        executor: Any,
+        goal: Answer.Goal,
+        on_text: Callable[[str], None],
+        interrupts: list[int],
     ) -> None:
         self._client, self._name = client, name
         self._executor = executor
         self._goal = goal
         self._on_text = on_text
+        self._interrupts = interrupts
 
     def run(self, timeout_s: float) -> tuple[Answer.Result, bool]:
         end_s = time.monotonic() + timeout_s
         self._find_server(min(end_s, time.monotonic() + DISCOVERY_S))
         sent = self._client.send_goal_async(self._goal, feedback_callback=lambda f: self._on_text(f.feedback.text))
-        interrupted = False
         answered: Future | None = None
-        try:
-            if self._spin(sent, end_s):
-                answered = sent.result().get_result_async()
-                if self._spin(answered, end_s):
-                    return answered.result().result, False
-        except KeyboardInterrupt:
-            interrupted = True
+        if self._spin(sent, end_s):
+            answered = sent.result().get_result_async()
+            if self._spin(answered, end_s):
+                return answered.result().result, False
+        interrupted = bool(self._interrupts)
         result = self._cancel(sent, answered)
         if interrupted and result is not None:
             return result, True
@@ -95,6 +124,8 @@ class _Asking:
                     f"there is no action {self._name} in ROS domain {os.environ.get('ROS_DOMAIN_ID', '0')}: start the "
                     "node with `ros2 launch surg_perception pipeline.launch.py` (vqa:=true), or name its --namespace"
                 )
+            if self._interrupts:
+                raise KeyboardInterrupt
             self._executor.spin_once(timeout_sec=0.1)
         # The node discovers this client a moment after it was discovered; a response sent before that is lost.
         self._spin(Future(), time.monotonic() + SETTLE_S)
@@ -102,15 +133,16 @@ class _Asking:
     def _cancel(self, sent: Future, answered: Future | None) -> Answer.Result | None:
         """Cancel the goal; its result, if it still comes."""
         end_s = time.monotonic() + CANCEL_S
-        if not self._spin(sent, end_s):
+        if not self._spin(sent, end_s, interruptible=False):
             return None
         canceled = sent.result().cancel_goal_async()
         answered = answered or sent.result().get_result_async()
-        if self._spin(canceled, end_s) and self._spin(answered, end_s):
+        if self._spin(canceled, end_s, interruptible=False) and self._spin(answered, end_s, interruptible=False):
             return answered.result().result
         return None
 
-    def _spin(self, future: Future, end_s: float) -> bool:
-        while not future.done() and time.monotonic() < end_s:
+    def _spin(self, future: Future, end_s: float, interruptible: bool = True) -> bool:
+        """Let callbacks run until the future has its result, Ctrl-C or time is up; whether it has."""
+        while not future.done() and time.monotonic() < end_s and not (interruptible and self._interrupts):
             self._executor.spin_once(timeout_sec=0.1)
         return future.done()

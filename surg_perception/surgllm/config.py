@@ -182,7 +182,7 @@ CONFIGS = {
             stem="efficientnet_lite0",
             positions="separable",
         ),
-        qformer=QFormerConfig(width=384, layers=3, heads=12, mlp=1536, queries=8, start="all-minilm-l6-v2"),
+        qformer=QFormerConfig(width=384, layers=3, heads=12, mlp=1536, queries=16, start="all-minilm-l6-v2"),
     ),
     "paper": SurgLLMConfig(language_model="vicuna-7b", answer_tokens=256, max_segments=16),
 }

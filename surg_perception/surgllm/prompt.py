@@ -66,8 +66,8 @@ class Prompter:
         Returns:
             `ids` int64 [B, T], 0 where a visual token stands; `visual` int64 [B, T], the visual token's number among
             the S * queries of the batch, -1 elsewhere; `attention` int64 [B, T]; `labels` int64 [B, T], IGNORED
-            but for the answer and its end token; `question_ids`, `question_attention` int64 [S, L], the question once
-            for each segment.
+            but for the answer and its end token; `question_ids`, `question_attention` int64 [S, L], for each segment
+            its time label and the question, so that the Q-Former can tell times as the window counts them.
         """
         rows, labels, visual = [], [], []
         questions: list[str] = []
@@ -82,15 +82,15 @@ class Prompter:
 
             text(self._ids(f"A laparoscopic video of {item.spans[-1][1]:.0f} seconds.\n"))
             for start_s, end_s in item.spans:
-                label = self._ids(f"From time {start_s:.0f}s to {end_s:.0f}s : ")
+                label = f"From time {start_s:.0f}s to {end_s:.0f}s : "
                 first = len(questions) * queries
-                questions.append(item.question)
+                questions.append(label + item.question)
                 if self.config.label_first:
-                    text(label)
+                    text(self._ids(label))
                 ids.extend([0] * queries)
                 seen.extend(range(first, first + queries))
                 if not self.config.label_first:
-                    text(label)
+                    text(self._ids(label))
                 text(self._ids("\n"))
             text(self._ids(f"Question: {item.question}\nAnswer:"))
             asked = len(ids)

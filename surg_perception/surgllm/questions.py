@@ -72,6 +72,7 @@ class Sample:
         task: one of TASKS, or a user's own.
         kind: "closed" (exact match), "open" (captions), "second" ("at second 12"), "interval" ("4 to 7").
         type: the rule that made it, such as "where"; "" for other people's questions.
+        subject: instrument, phase or pair that it asks about; "" where it asks about none, or others wrote it.
     """
 
     id: str
@@ -84,6 +85,7 @@ class Sample:
     question: str
     answer: str
     type: str = ""
+    subject: str = ""
 
 
 @dataclass(frozen=True)
@@ -559,7 +561,7 @@ def make_samples(
 
 def facts_of(clip: ClipVideo) -> list[Fact]:
     """Everything that can be asked about a whole clip taken as one window, with the answers."""
-    return list(_facts(_Window(clip, 0, _visible(clip)), _occurring([clip])[clip.video], random.Random(0)))
+    return list(_facts(_Window(clip, 0, _visible(clip.seconds)), _occurring([clip])[clip.video], random.Random(0)))
 
 
 def make_captions(videos: Sequence[ClipVideo], seed: int, *, stride_s: int = 2) -> list[Caption]:
@@ -568,7 +570,7 @@ def make_captions(videos: Sequence[ClipVideo], seed: int, *, stride_s: int = 2) 
     captions = []
     for clip in videos:
         step = clip.hold_s if clip.hold_s > 1 else stride_s
-        seconds = _visible(clip)
+        seconds = _visible(clip.seconds)
         for start in range(0, len(clip) - SHORT_S + 1, step):
             text = short_caption(seconds[start : start + SHORT_S], rng.randrange(_WORDINGS))
             if text is not None:
@@ -576,12 +578,37 @@ def make_captions(videos: Sequence[ClipVideo], seed: int, *, stride_s: int = 2) 
     return captions
 
 
+def segment_answer(sample: Sample, clip: ClipVideo, start_s: int, end_s: int) -> str | None:
+    """What seconds start_s … end_s-1 of a sample's window have to say to its question, in few words.
+
+    A segment of a longer window knows a part only: of a temporal question the seconds in which its subject is there
+    ("4 to 6", counted as the window's), of a change of phase the phases, of a caption the words that carry it. All
+    other questions are about the window's end, so that the segment there has the answer and the others nothing, which
+    is None, as is what cannot be told (others' temporal questions, unlabelled seconds).
+    """
+    seconds = _visible(clip.seconds[start_s:end_s])
+    if sample.kind == "open":
+        return _keywords(seconds, places=sample.end_s - sample.start_s <= SHORT_S)
+    if sample.type == "phase_change":
+        return _phase_course(seconds) or None
+    if sample.type == "phase_starts":
+        there = [second.phase == sample.subject for second in seconds]
+    elif sample.type in ("appears", "disappears", "visible"):
+        there = [any(state.instrument == sample.subject for state in second.instruments or ()) for second in seconds]
+    elif sample.end_s == end_s and (sample.task != "temporal" or sample.start_s == start_s):
+        return sample.answer
+    else:
+        return None
+    found = [start_s - sample.start_s + i for i, is_there in enumerate(there) if is_there]
+    return f"{found[0]} to {found[-1]}" if found else NOT_VISIBLE
+
+
 def _windows(
     videos: Sequence[ClipVideo], shares: Mapping[int, float], per_task: int, rng: random.Random
 ) -> list[tuple[_Window, float]]:
     """Windows at any second with their weights, by which each length has its share."""
     most = min(_MOST_WINDOWS, max(_FEWEST_WINDOWS, _WINDOWS_PER_SAMPLE * per_task))
-    seconds = {clip.name: _visible(clip) for clip in videos}
+    seconds = {clip.name: _visible(clip.seconds) for clip in videos}
     chosen = []
     for length, share in shares.items():
         places: list[tuple[ClipVideo, int]] = []
@@ -597,7 +624,7 @@ def _windows(
     return [(window, weight / heaviest) for window, weight in chosen]
 
 
-def _visible(clip: ClipVideo) -> tuple[SecondLabels, ...]:
+def _visible(seconds: Sequence[SecondLabels]) -> tuple[SecondLabels, ...]:
     """Labels without the instruments of which next to nothing is in the picture."""
     return tuple(
         second
@@ -605,7 +632,7 @@ def _visible(clip: ClipVideo) -> tuple[SecondLabels, ...]:
         else replace(
             second, instruments=tuple(s for s in second.instruments if s.box is None or _area(s.box) >= SMALLEST)
         )
-        for second in clip.seconds
+        for second in seconds
     )
 
 
@@ -616,7 +643,7 @@ def _area(box: tuple[float, float, float, float]) -> float:
 def _occurring(videos: Sequence[ClipVideo]) -> dict[str, _Seen]:
     seen: dict[str, _Seen] = defaultdict(_Seen)
     for clip in videos:
-        for second in _visible(clip):
+        for second in _visible(clip.seconds):
             found = seen[clip.video]
             found.phases |= {second.phase} if second.phase else set()
             for state in second.instruments or ():
@@ -716,6 +743,7 @@ def _sample(window: _Window, fact: Fact, rng: random.Random) -> Sample:
         question,
         fact.answer,
         fact.type,
+        fact.subject,
     )
 
 
@@ -943,6 +971,7 @@ def _act(state: InstrumentState, form: str) -> str:
 # ---- captions
 
 _WORDINGS = 3
+_FILLERS = frozenset({"the", "at", "in", "while", "is", "are", "of", "view"})
 _EVENTS = 4
 
 
@@ -986,6 +1015,15 @@ def long_caption(seconds: Sequence[SecondLabels], wording: int = 0) -> str | Non
         if len(text.split()) <= LONG_WORDS:
             return text
     return None
+
+
+def _keywords(seconds: Sequence[SecondLabels], places: bool) -> str | None:
+    """A short caption without the words that carry nothing: "preparation grasper left retracts gallbladder"."""
+    known = [second.instruments for second in seconds if second.instruments is not None]
+    if not known:
+        return None
+    text = f"{_main_phase(seconds)} {_joined(_instrument_clauses(known, places))}"
+    return " ".join(word for word in text.replace(",", "").split() if word not in _FILLERS)
 
 
 def _instrument_clauses(known: Sequence[Sequence[InstrumentState]], places: bool) -> list[str]:
@@ -1078,7 +1116,8 @@ def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
     rows = []
     for s in samples:
         entry = {"id": s.id, "video": s.video, "group": s.group, "start_s": s.start_s, "end_s": s.end_s, "task": s.task}
-        entry |= {"kind": s.kind, "type": s.type, "QA": [{"i": "", "q": s.question, "a": s.answer}]}
+        entry |= {"kind": s.kind, "type": s.type, "subject": s.subject}
+        entry["QA"] = [{"i": "", "q": s.question, "a": s.answer}]
         rows.append(json.dumps(entry, ensure_ascii=False))
     Path(path).write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
 
@@ -1169,6 +1208,7 @@ def _read_entry(entry: object, task: str, clips: _ClipNames | None, fallback: st
             question,
             answer,
             str(entry.get("type") or ""),
+            str(entry.get("subject") or ""),
         )
         for i, (question, answer) in enumerate(pairs)
     ]

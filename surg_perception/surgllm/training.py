@@ -49,7 +49,16 @@ from surg_perception.surgllm.questions import (
 from surg_perception.surgllm.reconstruction import RECONSTRUCTION, ReconstructionOptions, reconstruct_pretrain
 from surg_perception.surgllm.router import Router, RouterError
 from surg_perception.surgllm.sentence_encoder import SentenceEncoder
-from surg_perception.surgllm.tuning import ADAPTING, TUNING, WARM_UP, Tokens, WarmUpTask, cached_tokens, tune
+from surg_perception.surgllm.tuning import (
+    ADAPTING,
+    TUNING,
+    WARM_UP,
+    Tokens,
+    WarmUpTask,
+    cached_tokens,
+    lessons_of,
+    tune,
+)
 
 INTENDED_USE = (
     "Research: questions about the last seconds of laparoscopic cholecystectomy video. Not a medical device; answers "
@@ -224,7 +233,8 @@ def train_surgllm(
     model.language_model.add_adapter(JOINT)
 
     console.rule("TM-Tuning: warm-up of the Q-Former")
-    warm_up = WarmUpTask(model, prompter, samples, tokens, measured)
+    lessons, unseen = (lessons_of(asked_of, videos, config.segment_frames) for asked_of in (samples, measured))
+    warm_up = WarmUpTask(model, prompter, lessons, tokens, unseen)
     fit(warm_up, replace(options.warm_up, seed=seed), folder / "c_warm_up", resume=resume, console=console)
 
     console.rule("TM-Tuning: all tasks together")

@@ -2,10 +2,11 @@
 """TM-Tuning: the Q-Former and an adapter learn to answer about interleaved segments; then an adapter for each task.
 
 The encoder is frozen, so that the tokens of every segment are computed once and kept on disk. Before the language
-model joins, a warm-up lets the Q-Former spell: its first visual token is to point where the language model has the word
-embedding of the answer's first token, the second where it has the second, and so on to the end token. It costs a tenth
-of a step through the language model, which then finds the answer before its eyes in its own words and has to learn
-little more than to read it out; without, a few thousand questions do not teach a frozen language model to see.
+model joins, a warm-up lets the Q-Former spell what each segment has to say to the question: its first visual token is
+to point where the language model has the word embedding of the first token, the second where it has the second, and so
+on to the end token. It costs a tenth of a step through the language model, which then finds the answer, or its parts,
+before its eyes in its own words and has to learn little more than to read it out; without, a few thousand questions do
+not teach a frozen language model to see.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from surg_perception.data.clip_labels import ClipVideo
 from surg_perception.gsvit.trainer import Task, TrainSettings, fit
 from surg_perception.surgllm.encoder import VideoEncoder
 from surg_perception.surgllm.feature_cache import write_array
 from surg_perception.surgllm.language_model import JOINT
 from surg_perception.surgllm.model import SurgLLM
 from surg_perception.surgllm.prompt import IGNORED, Prompted, Prompter, Span
-from surg_perception.surgllm.questions import Sample
+from surg_perception.surgllm.questions import Sample, segment_answer
 
 WARM_UP = TrainSettings(
     epochs=6,
@@ -276,33 +278,68 @@ class _WarmUpNetwork(nn.Module):
         return F.normalize(self.project(seen).float(), dim=-1)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What the visual tokens of one segment, seconds start_s … end_s-1 of a clip, are to spell when they are asked.
+
+    `span` is the segment's in seconds from its window's first frame.
+    """
+
+    task: str
+    question: str
+    video: str
+    start_s: int
+    end_s: int
+    span: Span
+    text: str
+
+
+def lessons_of(samples: Sequence[Sample], videos: Sequence[ClipVideo], frames: int) -> list[Lesson]:
+    """A lesson for each segment of the samples' windows that has something to say (`segment_answer`).
+
+    Args:
+        samples: questions about the clips `videos`.
+        frames: of a segment.
+    """
+    clips = {video.name: video for video in videos}
+    found = []
+    for sample in samples:
+        window = segments_of(sample.start_s, sample.end_s, frames)
+        for (start, end), span in zip(window, spans_of(window), strict=True):
+            text = segment_answer(sample, clips[sample.video], start, end)
+            if text:
+                found.append(Lesson(sample.task, sample.question, sample.video, start, end, span, text))
+    return found
+
+
 class WarmUpTask(Task):
-    """Visual tokens of a question's last segment spell its answer in the language model's own word embeddings.
+    """Visual tokens of a segment spell what it has to say, in the language model's own word embeddings.
+
+    What is longer than there are queries is cut.
 
     Args:
         model: its Q-Former and projection are trained.
         prompter: of the same configuration.
-        samples: captions, and questions about the whole of a longer window, are left out.
+        lessons: to train on.
         tokens: see `Tokens`.
-        validation: samples whose answers are to be spelled.
+        validation: lessons that are only measured.
     """
 
     def __init__(
         self,
         model: SurgLLM,
         prompter: Prompter,
-        samples: Sequence[Sample],
+        lessons: Sequence[Lesson],
         tokens: Tokens,
-        validation: Sequence[Sample] = (),
+        validation: Sequence[Lesson] = (),
     ) -> None:
-        self.prompter, self.tokens, self.frames = prompter, tokens, prompter.config.segment_frames
-        self.training = [sample for sample in samples if self._about_the_end(sample)]
-        self.validation = [sample for sample in validation if self._about_the_end(sample)]
-        self.samples = len(self.training)
-        spelled = {s.answer: self._spelled(s.answer) for s in (*self.training, *self.validation)}
+        self.prompter, self.tokens = prompter, tokens
+        self.training, self.validation, self.samples = list(lessons), list(validation), len(lessons)
+        queries = prompter.config.qformer.queries
+        spelled = {lesson.text: prompter.answer_ids(lesson.text)[:queries] for lesson in (*lessons, *validation)}
         self.known = sorted({token for tokens_of in spelled.values() for token in tokens_of})
         number = {token: i for i, token in enumerate(self.known)}
-        self.spelling = {answer: [number[token] for token in ids] for answer, ids in spelled.items()}
+        self.spelling = {text: [number[token] for token in ids] for text, ids in spelled.items()}
         self.words = F.normalize(model.language_model.words[self.known].float(), dim=-1)
         self.module = _WarmUpNetwork(model)
         model.requires_grad_(False)
@@ -310,8 +347,8 @@ class WarmUpTask(Task):
             parameter.requires_grad_(not key.startswith("qformer.words.base."))
 
     def identity(self) -> Mapping[str, Any]:
-        text = json.dumps([asdict(sample) for sample in self.training], sort_keys=True)
-        return {"questions_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        text = json.dumps([asdict(lesson) for lesson in self.training], sort_keys=True)
+        return {"lessons_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
     def batch(self, indices: NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
         return self._tensors([self.training[i] for i in indices])
@@ -321,7 +358,7 @@ class WarmUpTask(Task):
         return F.cross_entropy(scores.flatten(0, 1), batch["spelled"].flatten(), ignore_index=IGNORED), {}
 
     def end_of_epoch(self, epoch: int, module: nn.Module, folder: Path) -> dict[str, float]:
-        """Share of answers that are spelled right to the end, by task."""
+        """Share of lessons that are spelled right to the end, by task."""
         right: dict[str, list[bool]] = {}
         for first in range(0, len(self.validation), 128):
             chunk = self.validation[first : first + 128]
@@ -329,29 +366,22 @@ class WarmUpTask(Task):
             batch = {key: value.to(device) for key, value in self._tensors(chunk).items()}
             found = (module(batch) @ self.words.to(device).T).argmax(dim=-1)
             whole = ((found == batch["spelled"]) | (batch["spelled"] == IGNORED)).all(dim=1)
-            for sample, spelled in zip(chunk, whole.tolist(), strict=True):
-                right.setdefault(sample.task, []).append(spelled)
+            for lesson, spelled in zip(chunk, whole.tolist(), strict=True):
+                right.setdefault(lesson.task, []).append(spelled)
         return {f"spelled_{task}": float(np.mean(marks)) for task, marks in right.items()}
 
-    def _about_the_end(self, sample: Sample) -> bool:
-        short = sample.end_s - sample.start_s <= self.frames
-        return sample.kind != "open" and (short or sample.task != "temporal")
-
-    def _spelled(self, answer: str) -> list[int]:
-        return self.prompter.answer_ids(answer)[: self.prompter.config.qformer.queries]
-
-    def _tensors(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        last = [segments_of(sample.start_s, sample.end_s, self.frames)[-1:] for sample in samples]
-        items = [Prompted(sample.question, spans_of(window)) for sample, window in zip(samples, last, strict=True)]
-        asked = self.prompter.batch(items)
+    def _tensors(self, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
+        asked = self.prompter.batch([Prompted(lesson.question, [lesson.span]) for lesson in lessons])
         rows = [
             row
-            for sample, window in zip(samples, last, strict=True)
-            for row in _rows(self.tokens, sample.video, window, self.frames)
+            for lesson in lessons
+            for row in _rows(
+                self.tokens, lesson.video, [(lesson.start_s, lesson.end_s)], self.prompter.config.segment_frames
+            )
         ]
-        spelled = np.full((len(samples), self.prompter.config.qformer.queries), IGNORED, np.int64)
-        for row, sample in zip(spelled, samples, strict=True):
-            row[: len(self.spelling[sample.answer])] = self.spelling[sample.answer]
+        spelled = np.full((len(lessons), self.prompter.config.qformer.queries), IGNORED, np.int64)
+        for row, lesson in zip(spelled, lessons, strict=True):
+            row[: len(self.spelling[lesson.text])] = self.spelling[lesson.text]
         return {
             "question_ids": asked["question_ids"],
             "question_attention": asked["question_attention"],

@@ -86,11 +86,13 @@ class Graph:
     def transition(self, node: Any, *names: str) -> bool:
         """Ask for lifecycle transitions by service, as a manager would; whether the last one succeeded."""
         name = f"{node.get_fully_qualified_name()}/change_state"
-        # One client a service for the whole test: a new one for each request meets DDS discovery each time.
+        # One client a service for the whole test, waited for once: a new one for each request meets DDS discovery each
+        # time, and while an earlier test's node of the same name is forgotten the graph can call a service unready
+        # that answers.
         if name not in self._clients:
             self._clients[name] = self.client.create_client(ChangeState, name)
+            assert self._clients[name].wait_for_service(timeout_sec=30.0), f"no service {name}"
         client = self._clients[name]
-        assert client.wait_for_service(timeout_sec=10.0), f"no service {name}"
         for wanted in names:
             number = getattr(Transition, f"TRANSITION_{wanted.upper()}")
             future = client.call_async(ChangeState.Request(transition=Transition(id=number)))

@@ -49,7 +49,7 @@ def answers(seconds, *others, length=None, **options):
     """What the rules say about the window of all seconds, by type and subject; others are clips of the same video."""
     video = clip(seconds, **options)
     seen = questions._occurring([video, *others])[video.video]
-    window = questions._Window(video, 0, questions._visible(video))
+    window = questions._Window(video, 0, questions._visible(video.seconds))
     found = defaultdict(dict)
     for fact in questions._facts(window, seen, random.Random(0)):
         assert fact.subject not in found[fact.type]

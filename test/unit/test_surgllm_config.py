@@ -100,4 +100,4 @@ def test_the_convolutional_stem_has_patches_of_its_stride() -> None:
 
 def test_small_uses_minilms_shape() -> None:
     small = CONFIGS["small"].qformer
-    assert small == replace(QFormerConfig(), width=384, layers=3, mlp=1536, queries=8, start="all-minilm-l6-v2")
+    assert small == replace(QFormerConfig(), width=384, layers=3, mlp=1536, queries=16, start="all-minilm-l6-v2")

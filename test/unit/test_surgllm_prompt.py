@@ -82,9 +82,10 @@ def test_windows_of_a_batch_have_their_own_segments(prompter: Prompter, pad_left
     assert not batch["attention"][1, padding].any()
     assert (batch["visual"][1, padding] == -1).all()
     assert (batch["labels"][1, padding] == IGNORED).all()
-    # The question once for each segment, as the Q-Former reads it.
+    # The question once for each segment, behind its time, as the Q-Former reads it.
     asked = [prompter.question_tokenizer.decode(ids, skip_special_tokens=True) for ids in batch["question_ids"]]
-    assert asked == [LONG.question] * 3 + [SHORT.question]
+    times = ("0s to 2s", "2s to 6s", "6s to 10s")
+    assert asked == [f"From time {t} : {LONG.question}" for t in times] + [f"From time 0s to 4s : {SHORT.question}"]
     assert batch["question_attention"].sum(dim=1).tolist() == [len(text) + 1 for text in asked]
 
 

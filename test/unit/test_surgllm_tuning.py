@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from tiny_surgllm import SETTINGS, quiet
 from torch import Tensor
 
+from surg_perception.data.clip_labels import ClipVideo, InstrumentState, SecondLabels
+from surg_perception.data.frame_readers import NoFrames
 from surg_perception.gsvit.trainer import TrainingError, fit, read_lines
 from surg_perception.surgllm.config import CONFIGS
 from surg_perception.surgllm.encoder import VideoEncoder
@@ -22,9 +24,11 @@ from surg_perception.surgllm.model import SurgLLM
 from surg_perception.surgllm.prompt import IGNORED, Prompter
 from surg_perception.surgllm.questions import Sample
 from surg_perception.surgllm.tuning import (
+    Lesson,
     TuningTask,
     WarmUpTask,
     cached_tokens,
+    lessons_of,
     segments_of,
     spans_of,
     tune,
@@ -208,16 +212,39 @@ def test_validation_measures_each_task_by_itself(tmp_path: Path) -> None:
     assert figures["loss_phase"] == pytest.approx(np.mean(single), rel=0.02)
 
 
+def unlabelled(seconds: int) -> ClipVideo:
+    """The clip "V@0", of which nothing is known."""
+    return ClipVideo("V@0", "V", (SecondLabels(None, None),) * seconds, (), 1, NoFrames(""), tuple(range(seconds)))
+
+
+def test_each_segment_of_a_window_is_a_lesson_with_its_own_time() -> None:
+    seconds = [SecondLabels("Preparation", (InstrumentState("hook"),) * (i in (3, 6, 7))) for i in range(12)]
+    clip = replace(unlabelled(12), seconds=tuple(seconds))
+    asked = replace(sample(2, 12, "1 to 1", task="temporal"), kind="interval", type="visible", subject="hook")
+    found = [(x.start_s, x.end_s, x.span, x.text) for x in lessons_of([asked], [clip], FRAMES)]
+    assert found == [(2, 4, (0, 2), "1 to 1"), (4, 8, (2, 6), "4 to 5"), (8, 12, (6, 10), "it is not visible")]
+    # A question about the end of a long window is told by its last segment alone.
+    assert [(x.start_s, x.span) for x in lessons_of([sample(2, 12)], [clip], FRAMES)] == [(8, (6, 10))]
+
+
+def test_a_lesson_longer_than_the_queries_is_cut() -> None:
+    queries = CONFIG.qformer.queries
+    long = Lesson("caption", "Describe it.", "V@0", 0, 4, (0, 4), "a text of many more tokens than that")
+    task = WarmUpTask(new_model(), Prompter(CONFIG), [long], new_tokens())
+    spelled = task._tensors([long])["spelled"][0].tolist()
+    assert task.prompter.text([task.known[i] for i in spelled]) == long.text[: queries - 1]
+
+
 def test_the_warm_up_lets_visual_tokens_spell_the_answer(tmp_path: Path) -> None:
     """Odd and even segments look different; the Q-Former has to find out which is which, letter by letter."""
     tokens = new_tokens(40)
     tokens["V@0"][:, :, : CONFIG.encoder.width // 2] += np.float16(3) * (np.arange(40) % 2)[:, None, None]
     samples = [sample(i, i + 4, ("up", "no")[i % 2]) for i in range(36)]
-    long = replace(sample(0, 16, "a long story", task="caption"), kind="open")
+    lessons = lessons_of(samples, [unlabelled(40)], FRAMES)
+    assert [lesson.text for lesson in lessons] == [sample.answer for sample in samples]
     model, prompter = new_model(), Prompter(CONFIG)
-    task = WarmUpTask(model, prompter, [*samples[:24], long], tokens, validation=samples[24:])
-    assert task.samples == 24  # captions are longer than a segment's visual tokens
-    spelled = task._tensors(samples[:1])["spelled"][0].tolist()
+    task = WarmUpTask(model, prompter, lessons[:24], tokens, validation=lessons[24:])
+    spelled = task._tensors(lessons[:1])["spelled"][0].tolist()
     assert prompter.text([task.known[i] for i in spelled if i >= 0]) == "up"
     before = state(model)
     fit(task, replace(SETTINGS, epochs=20, batch=12), tmp_path, console=quiet())
