@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +17,9 @@ from openvino.passes import ConstantFolding, Manager
 from surg_perception.models import ModelCard, ModelError
 from surg_perception.runtime.backend import Backend, BackendUnavailable
 from surg_perception.runtime.graph import FRAME_SHAPE, GraphFacts, RunGraph, Shape, check_contract
+from surg_perception.runtime.user_cache import cache_folder
 
 _TYPES = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}
-_logger = logging.getLogger("surg_perception.runtime")
 
 
 @lru_cache(maxsize=1)
@@ -65,7 +63,8 @@ class OpenVinoBackend(Backend):
             # Pinned threads wait for whatever else runs on their core: paced at 30 Hz beside a loaded pipeline
             # on two cores, p99 is 60 ms with pinning and 33 ms without.
             settings |= {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
-        elif folder := cache_folder():  # kernels take long to build; on the CPU a cache would save 0.2 s
+        # On the CPU a cache would save 0.2 s; a GPU's kernels take long to build.
+        elif folder := cache_folder("openvino", "compiled kernels"):
             settings["CACHE_DIR"] = str(folder)
         compiled = _core().compile_model(model, self.device, settings)
         found = compiled.get_property("INFERENCE_PRECISION_HINT")
@@ -86,28 +85,6 @@ class OpenVinoBackend(Backend):
 
     def _free(self) -> None:
         self._request = self._batch_request = self._input = None
-
-
-def cache_folder() -> Path | None:
-    """Folder for compiled kernels, `$XDG_CACHE_HOME/surg_perception/openvino`, the user's alone; None if it is not.
-
-    What lies there is loaded as code by a GPU driver, so a folder that others own or may write is not used.
-    """
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # so says the XDG base directory specification
-        base = Path.home() / ".cache"
-    folder = base / "surg_perception" / "openvino"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder.mkdir(exist_ok=True, mode=0o700)
-        status = folder.lstat()
-    except (OSError, RuntimeError) as error:
-        _logger.warning("no cache of compiled kernels: %s", error)
-        return None
-    if folder.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        _logger.warning("no cache of compiled kernels: %s is not a folder of this user alone (mode 0700)", folder)
-        return None
-    return folder
 
 
 def read_graph(path: Path) -> GraphFacts:

@@ -40,7 +40,8 @@ from surg_perception.runtime.agreement import (
     reference_frames,
     unsound,
 )
-from surg_perception.runtime.openvino_backend import OpenVinoBackend, cache_folder
+from surg_perception.runtime.openvino_backend import OpenVinoBackend
+from surg_perception.runtime.user_cache import cache_folder
 
 ENGINES = ("openvino", "onnxruntime")
 needs_bf16 = pytest.mark.skipif(
@@ -659,21 +660,21 @@ def test_unsound_outputs_are_named() -> None:
 
 def test_the_cache_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = cache_folder()
+    folder = cache_folder("openvino", "kernels")
     assert folder == tmp_path / "surg_perception" / "openvino"
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o770)
-    assert cache_folder() is None
+    assert cache_folder("openvino", "kernels") is None
     folder.rmdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     folder.symlink_to(tmp_path / "elsewhere")
-    assert cache_folder() is None
+    assert cache_folder("openvino", "kernels") is None
     folder.unlink()
     folder.write_text("a file")
-    assert cache_folder() is None
+    assert cache_folder("openvino", "kernels") is None
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_folder() == tmp_path / "home" / ".cache" / "surg_perception" / "openvino"
+    assert cache_folder("openvino", "kernels") == tmp_path / "home" / ".cache" / "surg_perception" / "openvino"
 
 
 def test_precision_refused_is_a_kind_of_unavailable() -> None:
