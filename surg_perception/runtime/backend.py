@@ -9,9 +9,10 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,10 @@ from numpy.typing import NDArray
 from surg_perception.models import ModelCard, ModelError, find_model
 from surg_perception.runtime.agreement import Outputs, compare, reference_frames, unsound
 from surg_perception.runtime.graph import FRAME_SHAPE
+from surg_perception.runtime.model_repository import MAX_BATCH, ModelServer
 
 PRECISIONS = ("fp32", "bf16")
 MAX_DEFAULT_THREADS = 4
-_BATCH = 32
 _logger = logging.getLogger("surg_perception.runtime")
 
 
@@ -46,8 +47,8 @@ class Backend(ABC):
     """A model loaded into one engine on one device. Use it from one thread at a time.
 
     Attributes:
-        kind: "openvino", "onnxruntime", "torch".
-        devices: devices that the engine can have; CUDA is NVIDIA's, GPU is Intel's.
+        kind: "openvino", "onnxruntime", "torch", "triton".
+        devices: devices that the engine can have; CUDA is NVIDIA's, GPU is Intel's, REMOTE a model server's.
         needs: which file of the model folder it runs, "graph" or "weights".
         card: the model.
         device, precision, threads: what it runs on, in which arithmetic ("fp32", "bf16"), with how many threads.
@@ -79,6 +80,18 @@ class Backend(ABC):
     def _free(self) -> None:
         """Let go of the engine."""
 
+    def reference(self) -> Backend | None:
+        """An engine in fp32 on the CPU whose outputs this one's must be, for the caller to close.
+
+        None where there is none: this one is the reference, or none can be had.
+
+        Raises:
+            BackendUnavailable: it does not load.
+        """
+        if (self.device, self.precision) == ("CPU", "fp32"):
+            return None
+        return _construct(type(self), self.card, "CPU", "fp32", self.threads)
+
     @property
     def name(self) -> str:
         """What runs, as "openvino:CPU:bf16"."""
@@ -105,7 +118,7 @@ class Backend(ABC):
     def infer_batch(self, frames: NDArray[np.uint8]) -> Outputs:
         """Probabilities [N, C] and latents [N, D, 4, 4] of frames uint8 [N, 224, 224, 3]; else as `infer`."""
         _check_frames(frames, (None, *FRAME_SHAPE))
-        parts = [self._outputs(frames[start : start + _BATCH]) for start in range(0, len(frames), _BATCH)]
+        parts = [self._outputs(frames[start : start + MAX_BATCH]) for start in range(0, len(frames), MAX_BATCH)]
         if not parts:
             return (
                 np.zeros((0, len(self.card.labels.names)), np.float32),
@@ -177,10 +190,12 @@ BACKENDS: dict[str, Callable[[], type[Backend]]] = {
     "openvino": _engine_in("openvino_backend", "OpenVinoBackend"),
     "onnxruntime": _engine_in("onnxruntime_backend", "OnnxRuntimeBackend"),
     "torch": _torch,
+    "triton": _engine_in("server_backend", "ServerBackend"),
 }
 """Engines by name; each is imported when it is asked for, and raises `BackendUnavailable` if it cannot be."""
 
 AUTO_ORDER: tuple[tuple[str, str], ...] = (
+    ("triton", "REMOTE"),
     ("tensorrt", "CUDA"),
     ("onnxruntime", "CUDA"),
     ("torch", "CUDA"),
@@ -189,7 +204,7 @@ AUTO_ORDER: tuple[tuple[str, str], ...] = (
     ("torch", "CPU"),
     ("openvino", "GPU"),
 )
-"""Engine and device, best first."""
+"""Engine and device, best first. A model server is asked only where its address is given."""
 
 
 def available_backends() -> dict[str, str | None]:
@@ -214,6 +229,7 @@ def open_backend(
     device: str | None = None,
     threads: int | None = None,
     exclude: Collection[str] = (),
+    server: ModelServer | None = None,
 ) -> Backend:
     """Load a model into the engine that is asked for, or into the best one that truly runs here.
 
@@ -226,9 +242,10 @@ def open_backend(
         precision: "fp32", or "bf16" where the device has it.
         allow_fallback: whether, instead of what was asked for, fp32 will do, and then another engine. Asked
             for "auto", engines that have the precision come first.
-        device: "CPU", "CUDA" or "GPU" (Intel); the best one unless told.
+        device: "CPU", "CUDA", "GPU" (Intel) or "REMOTE"; the best one unless told.
         threads: CPU threads; `default_threads()` unless told.
         exclude: engines not to take, by name or its beginning: "openvino", "onnxruntime:CUDA".
+        server: the model server of the backend "triton", which "auto" tries first then; never a fallback.
 
     Returns:
         A backend whose `name` says what runs and whose `notes` say what does not, and why.
@@ -244,7 +261,10 @@ def open_backend(
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}, expected at least 1, or None for the default")
     asked = _candidates(backend, device)
-    others = [candidate for candidate in AUTO_ORDER if candidate not in asked] if allow_fallback else []
+    if backend == "auto" and server is None:
+        asked = [candidate for candidate in asked if candidate[0] != "triton"]
+    # A frame leaves the machine only for a server that was asked for.
+    others = [place for place in AUTO_ORDER if place not in asked and place[0] != "triton"] if allow_fallback else []
     precisions = dict.fromkeys((precision, "fp32")) if allow_fallback else (precision,)
     queue = deque((kind, where, how) for places in (asked, others) for how in precisions for kind, where in places)
     notes: list[str] = []
@@ -263,7 +283,8 @@ def open_backend(
             note(f"{name}: excluded")
             continue
         try:
-            engine = _load(card, kind, where, how, threads or default_threads())
+            options = {"server": server} if kind == "triton" else {}
+            engine = _load(card, kind, where, how, threads or default_threads(), options)
         except PrecisionRefused as error:
             note(f"{name}: {error}")
             _logger.warning("%s refused: %s", name, error)
@@ -317,16 +338,16 @@ def _candidates(backend: str, device: str | None) -> list[tuple[str, str]]:
     places = [(kind, where) for kind, where in AUTO_ORDER if backend in ("auto", kind)]
     if device is None:
         return places
-    if device.upper() not in ("CPU", "CUDA", "GPU"):
-        raise ValueError(f"unknown device {device!r}; expected CPU, CUDA or GPU")
+    if device.upper() not in ("CPU", "CUDA", "GPU", "REMOTE"):
+        raise ValueError(f"unknown device {device!r}; expected CPU, CUDA, GPU or REMOTE")
     found = [(kind, where) for kind, where in places if where == device.upper()]
     if not found:
         raise ValueError(f"{backend} has no device {device!r}; it has {', '.join(where for _, where in places)}")
     return found
 
 
-def _load(card: ModelCard, kind: str, device: str, precision: str, threads: int) -> Backend:
-    """An engine that has passed its check.
+def _load(card: ModelCard, kind: str, device: str, precision: str, threads: int, options: Mapping[str, Any]) -> Backend:
+    """An engine that has passed its check; options are for the engine alone.
 
     Raises:
         BackendUnavailable: it does not run.
@@ -340,7 +361,7 @@ def _load(card: ModelCard, kind: str, device: str, precision: str, threads: int)
         getattr(card, f"{engine.needs}_path")
     except ModelError as error:
         raise BackendUnavailable(str(error)) from error
-    backend = _construct(engine, card, device, precision, threads)
+    backend = _construct(engine, card, device, precision, threads, options)
     try:
         _check(backend)
     except InferenceError as error:
@@ -352,9 +373,16 @@ def _load(card: ModelCard, kind: str, device: str, precision: str, threads: int)
     return backend
 
 
-def _construct(engine: type[Backend], card: ModelCard, device: str, precision: str, threads: int) -> Backend:
+def _construct(
+    engine: type[Backend],
+    card: ModelCard,
+    device: str,
+    precision: str,
+    threads: int,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Backend:
     try:
-        return engine(card, device, precision, threads)
+        return engine(card, device, precision, threads, **options)
     except (ModelError, BackendUnavailable):
         raise
     except Exception as error:
@@ -367,10 +395,11 @@ def _check(backend: Backend) -> None:
     problems = list(unsound(outputs))
     if problems:
         raise BackendUnavailable(f"gives wrong outputs on sample frames: {'; '.join(problems)}")
-    if (backend.device, backend.precision) == ("CPU", "fp32"):
+    fp32 = backend.reference()
+    if fp32 is None:
         agreement, reference = compare(_on_samples(backend), outputs), "itself"
     else:
-        with _construct(type(backend), backend.card, "CPU", "fp32", backend.threads) as fp32:
+        with fp32:
             agreement, reference = compare(outputs, _on_samples(fp32)), fp32.name
     if not agreement.holds:
         refused = PrecisionRefused if backend.precision != "fp32" else BackendUnavailable

@@ -63,7 +63,7 @@ class GraphFacts:
         return tuple(names)
 
 
-def check_contract(graph: GraphFacts, path: Path, card: ModelCard | None = None) -> None:
+def check_contract(graph: GraphFacts, path: Path | str, card: ModelCard | None = None) -> None:
     """Check inputs and outputs, also against what a card says of them.
 
     Raises:

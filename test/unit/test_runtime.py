@@ -531,7 +531,7 @@ def test_tensorrt_has_its_place_and_does_not_pretend(card: ModelCard) -> None:
 def test_available_backends_names_every_engine(fake: type[FakeBackend]) -> None:
     fake.fault = "refusal"
     found = available_backends()
-    assert list(found) == ["tensorrt", "openvino", "onnxruntime", "torch", "fake"]
+    assert list(found) == ["tensorrt", "openvino", "onnxruntime", "torch", "triton", "fake"]
     assert found["openvino"] is None
     assert found["onnxruntime"] is None
     assert found["fake"] == "the fake is asleep; the fake is asleep"
