@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import uuid
 from typing import Any, ClassVar
 
@@ -14,11 +15,13 @@ from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 
 from surg_perception.models import ModelCard, ModelError
 from surg_perception.runtime.agreement import Outputs, compare, reference_frames
-from surg_perception.runtime.backend import BACKENDS, Backend, BackendUnavailable, first_line
+from surg_perception.runtime.backend import BACKENDS, Backend, BackendUnavailable
 from surg_perception.runtime.graph import GraphFacts, Shape, check_contract
 from surg_perception.runtime.model_repository import ModelServer, repository_version
 
 CONNECT_TIMEOUT_S = 5.0
+TRUST_S = 1.0
+"""gRPC renews a broken connection without a word. No server restarts and loads a model in less than this."""
 _SAMPLES = (0, 8)
 """Of `reference_frames`: asked again after a lost connection, to see that the server still gives what it gave."""
 _DTYPES = {"UINT8": "uint8", "FP32": "float32"}
@@ -38,9 +41,9 @@ class ServerBackend(Backend):
     """The graph on a model server, under its name and the version made of its sha256.
 
     Every answer must carry the id of its request and the model's name and version, or it is thrown away. After any
-    fault and any break of the connection, also between two frames, the next frame connects anew: the server must then
-    have the same model and give for two sample frames what it gave at first, else that frame fails too. So a server
-    that is restarted is used again by itself, and one that comes back with another model is not.
+    fault, and where the last answer is older than `TRUST_S`, the next frame connects anew: the server must then have
+    the same model and give for two sample frames what it gave at first, else that frame fails too. So a server that is
+    restarted is used again by itself, and one that comes back with another model is not.
     """
 
     kind: ClassVar[str] = "triton"
@@ -58,7 +61,9 @@ class ServerBackend(Backend):
         self.version = server.version or repository_version(card)
         self._client = uuid.uuid4().hex
         self._numbers = itertools.count()
-        self._connection: _Connection | None = None
+        self._channel: Any = None
+        self._stub: Any = None
+        self._answered_s = 0.0
         self._samples = np.ascontiguousarray(reference_frames()[list(_SAMPLES)])
         self._sampled: Outputs | None = None
         self._connect(max(CONNECT_TIMEOUT_S, server.timeout_s))
@@ -93,7 +98,7 @@ class ServerBackend(Backend):
         return None
 
     def _run(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32] | None, NDArray[np.float32]]:
-        if self._connection is None or self._connection.lost:
+        if self._channel is None or time.monotonic() - self._answered_s > TRUST_S:
             self._connect(self.server.timeout_s)
         try:
             return self._ask(frames, len(frames) * self.server.timeout_s)
@@ -104,7 +109,11 @@ class ServerBackend(Backend):
     def _connect(self, timeout_s: float) -> None:
         """Connect anew and see that the model is the right one; without a connection on any error."""
         self._free()
-        self._connection = _Connection(self.server)
+        if self.server.secure:  # against the usual certificate authorities, or $GRPC_DEFAULT_SSL_ROOTS_FILE_PATH
+            self._channel = grpc.secure_channel(self.server.target, grpc.ssl_channel_credentials(), _CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.insecure_channel(self.server.target, _CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         try:
             self._check_model(timeout_s)
             outputs = self._ask(self._samples, len(self._samples) * timeout_s)
@@ -207,45 +216,22 @@ class ServerBackend(Backend):
             ServerError: it is away.
             grpc.RpcError: it refuses.
         """
-        assert self._connection is not None
         message = getattr(service_pb2, f"{method}Request")(**fields)
         try:
-            return getattr(self._connection.stub, method)(message, timeout=timeout_s)
+            answer = getattr(self._stub, method)(message, timeout=timeout_s)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise ServerError(f"no answer from {self.server.url} within {timeout_s:g} s") from error
             if error.code() == grpc.StatusCode.UNAVAILABLE:
                 raise ServerError(
-                    f"{self.server.url} is away ({first_line(RuntimeError(error.details()))}); is the server running, "
+                    f"{self.server.url} is away ({error.details()}); is the server running, "
                     "is the address right, and does it speak gRPC and TLS as the address says?"
                 ) from error
             raise
+        self._answered_s = time.monotonic()
+        return answer
 
     def _free(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-
-
-class _Connection:
-    """A channel of its own, which says whether it has broken since it was ready."""
-
-    def __init__(self, server: ModelServer) -> None:
-        if server.secure:  # against the usual certificate authorities, or $GRPC_DEFAULT_SSL_ROOTS_FILE_PATH
-            self._channel = grpc.secure_channel(server.target, grpc.ssl_channel_credentials(), _CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.insecure_channel(server.target, _CHANNEL_OPTIONS)
-        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self.lost = False
-        """Whether the connection has broken since it first was ready; gRPC alone would silently make a new one."""
-        self._ready = False
-        self._channel.subscribe(self._watch)
-
-    def _watch(self, state: grpc.ChannelConnectivity) -> None:
-        if state is grpc.ChannelConnectivity.READY:
-            self._ready = True
-        elif self._ready:
-            self.lost = True
-
-    def close(self) -> None:
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = self._stub = None
