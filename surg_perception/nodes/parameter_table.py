@@ -125,7 +125,7 @@ PHASE = ParameterTable(
             "runtime.backend",
             "auto",
             "Inference engine; 'auto' takes the best that truly runs on this machine and says which.",
-            choices=("auto", "tensorrt", "openvino", "onnxruntime", "torch"),
+            choices=("auto", "tensorrt", "openvino", "onnxruntime", "torch", "triton"),
         ),
         Parameter(
             "runtime.precision",
@@ -145,6 +145,25 @@ PHASE = ParameterTable(
             "CPU threads of the backend; 0 leaves the choice to the runtime.",
             minimum=0,
             maximum=256,
+        ),
+        Parameter(
+            "runtime.server_url",
+            "",
+            "Model server of the backend 'triton', as 'grpc://host:port', or 'grpcs://host:port' over TLS; where it is "
+            "given, 'auto' tries it first. Images leave this machine then. Empty: none.",
+        ),
+        Parameter(
+            "runtime.server_timeout_s",
+            0.5,
+            "Longest wait for the model server's answer to an image; after it the image's state is FAULT.",
+            minimum=0.01,
+            maximum=60.0,
+        ),
+        Parameter(
+            "runtime.server_version",
+            "",
+            "Version of the model on the server, where `surg-perception export triton` did not put it there; empty: "
+            "the one made of the graph's sha256.",
         ),
         _TRANSPORT,
         _RELIABILITY,

@@ -36,6 +36,7 @@ from surg_perception.nodes.parameter_table import PHASE
 from surg_perception.procedures import resolve_model
 from surg_perception.runtime.backend import Backend, BackendUnavailable, open_backend
 from surg_perception.runtime.forecast import ForecastBackend, open_forecast
+from surg_perception.runtime.model_repository import ModelServer
 from surg_perception.stream.forecast import ForecastSettings
 from surg_perception.stream.image_decode import ImageError
 from surg_perception.stream.mailbox import Mailbox
@@ -174,6 +175,9 @@ class PhaseNode(PerceptionNode):
 
     def _open(self, card: ModelCard, name: str, exclude: list[str]) -> Backend:
         v = self.values
+        server = None
+        if v["runtime.server_url"] and v["runtime.backend"] in ("auto", "triton"):
+            server = ModelServer(v["runtime.server_url"], v["runtime.server_timeout_s"], v["runtime.server_version"])
         backend = open_backend(
             card,
             backend=name,
@@ -181,6 +185,7 @@ class PhaseNode(PerceptionNode):
             allow_fallback=v["runtime.allow_fallback"],
             threads=v["runtime.threads"] or None,
             exclude=exclude,
+            server=server,
         )
         for note in backend.notes:
             self.get_logger().info(note)
