@@ -185,7 +185,7 @@ class ModelCard:
         if self.graph is None:
             raise ModelError(
                 f"{self.folder / CARD_NAME}: files.graph is missing, so there is no ONNX graph to run; "
-                f"make one from the weights with `surg-perception export {self.folder}`"
+                f"make one from the weights with `surg-perception export onnx {self.folder}`"
             )
         return self.folder / self.graph.name
 

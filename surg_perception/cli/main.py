@@ -97,12 +97,13 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="where pictures go (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
-    from surg_perception.cli import ask, build_engine, data, evaluate, train
+    from surg_perception.cli import ask, build_engine, data, evaluate, export, train
 
     ask.add_parser(verbs)
     data.add_parser(verbs)
     train.add_parser(verbs)
     evaluate.add_parser(verbs)
+    export.add_parser(verbs)
     build_engine.add_parser(verbs)
 
     models = verbs.add_parser("models", help="list, show, verify, import and fetch models")

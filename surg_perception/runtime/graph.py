@@ -81,13 +81,13 @@ def check_contract(graph: GraphFacts, path: Path | str, card: ModelCard | None =
             wanted = "frame" if kind == "input" else "latent and, with a phase head, probabilities"
             raise ModelError(
                 f"{path}: {kind}s are {', '.join(sorted(found)) or 'none'}, expected {wanted}. This is no graph "
-                "of this project; make one with `surg-perception export`"
+                "of this project; make one with `surg-perception export onnx`"
             )
         for name, (dtype, shape) in expected.items():
             if not _fits(found[name], dtype, shape):
                 raise ModelError(
                     f"{path}: {kind} {name!r} is {_text(*found[name])}, expected {_text(dtype, shape)} with "
-                    "only the first size free; make the graph with `surg-perception export`"
+                    "only the first size free; make the graph with `surg-perception export onnx`"
                 )
     if card is None:
         return
