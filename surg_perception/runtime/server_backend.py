@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 import uuid
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import grpc
 import numpy as np
 from numpy.typing import NDArray
-from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from surg_perception.models import ModelCard, ModelError
 from surg_perception.runtime.agreement import Outputs, compare, reference_frames
@@ -196,18 +197,19 @@ class ServerBackend(Backend):
                     f"{self.server.url} answers with {what} {found!r}, expected {expected!r}: it is the answer to "
                     "another request and is thrown away"
                 )
-        result = InferResult(answer)
-        latent = self._tensor(result, "latent", (len(frames), *self.card.network.latent_shape))
+        latent = self._tensor(answer, "latent", (len(frames), *self.card.network.latent_shape))
         if len(names) == 1:
             return None, latent
-        return self._tensor(result, "probabilities", (len(frames), len(self.card.labels.names))), latent
+        return self._tensor(answer, "probabilities", (len(frames), len(self.card.labels.names))), latent
 
-    def _tensor(self, result: InferResult, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        values = result.as_numpy(name)
-        if values is None or values.dtype != np.float32 or values.shape != shape:
-            found = "nothing" if values is None else f"{values.dtype} {list(values.shape)}"
-            raise ServerError(f"{self.server.url} answers for {name!r} {found}, expected float32 {list(shape)}")
-        return np.array(values)
+    def _tensor(self, answer: Any, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        found = "nothing"
+        for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=False):
+            if output.name == name:
+                if (output.datatype, tuple(output.shape), len(raw)) == ("FP32", shape, 4 * math.prod(shape)):
+                    return np.frombuffer(raw, np.float32).reshape(shape).copy()
+                found = f"{output.datatype} {list(output.shape)} in {len(raw)} bytes"
+        raise ServerError(f"{self.server.url} answers for {name!r} {found}, expected FP32 {list(shape)}")
 
     def _call(self, method: str, timeout_s: float, **fields: Any) -> Any:
         """The server's answer.
