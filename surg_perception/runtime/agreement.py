@@ -46,11 +46,15 @@ class Agreement:
         phase_changes: frames whose most probable phase differs although the reference's two most probable
             phases lie more than `DECISIVE_MARGIN` apart.
         latent_cosine: least cosine between a frame's two latents.
+        mean_difference: mean absolute difference of all probabilities.
+        same_phase: share of all frames, 0 to 1, whose most probable phase is the same.
     """
 
     probability_difference: float
     phase_changes: int
     latent_cosine: float
+    mean_difference: float = 0.0
+    same_phase: float = 1.0
 
     @property
     def holds(self) -> bool:
@@ -72,8 +76,10 @@ class Agreement:
 def compare(found: Outputs, reference: Outputs) -> Agreement:
     """Agreement of two engines' outputs on the same frames; NaN counts as disagreement."""
     (p, latent), (p_ref, latent_ref) = found, reference
-    difference, changes = 0.0, 0
+    difference, changes, mean, same_phase = 0.0, 0, 0.0, 1.0
     if p_ref.shape[1]:
+        mean = float(np.nan_to_num(np.abs(p - p_ref).mean(), nan=np.inf))
+        same_phase = float((p.argmax(axis=1) == p_ref.argmax(axis=1)).mean())
         difference = float(np.nan_to_num(np.abs(p - p_ref).max(), nan=np.inf))
         top_two = np.sort(p_ref, axis=1)[:, -2:]
         decisive = top_two[:, -1] - (top_two[:, 0] if p_ref.shape[1] > 1 else 0.0) > DECISIVE_MARGIN
@@ -83,7 +89,7 @@ def compare(found: Outputs, reference: Outputs) -> Agreement:
     same = (a == b).all(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         cosines = np.where(same, 1.0, (a * b).sum(axis=1) / lengths)
-    return Agreement(difference, changes, float(np.nan_to_num(cosines, nan=-1.0).min()))
+    return Agreement(difference, changes, float(np.nan_to_num(cosines, nan=-1.0).min()), mean, same_phase)
 
 
 def unsound(outputs: Outputs) -> Iterator[str]:

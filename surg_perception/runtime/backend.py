@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import logging
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,15 @@ from surg_perception.runtime.agreement import Outputs, compare, reference_frames
 from surg_perception.runtime.graph import FRAME_SHAPE
 from surg_perception.runtime.model_repository import MAX_BATCH, ModelServer
 
-PRECISIONS = ("fp32", "bf16")
+if TYPE_CHECKING:
+    from surg_perception.runtime.engine_build import EngineBuilder
+
+PRECISIONS = ("fp32", "bf16", "fp16", "fp16-mixed")
+"""What can be asked for; "fp16-mixed" is fp16 with norms and softmax in fp32."""
+LADDER = {"fp16": ("fp16-mixed", "fp32"), "fp16-mixed": ("fp32",), "bf16": ("fp32",)}
+"""What is tried, in this order, where a precision does not agree with fp32."""
 MAX_DEFAULT_THREADS = 4
+_WITHOUT_FP16 = ("openvino", "onnxruntime", "torch")  # known without importing them, which can take seconds
 _logger = logging.getLogger("surg_perception.runtime")
 
 
@@ -35,24 +43,36 @@ class PrecisionRefused(BackendUnavailable):
     """An engine runs, but at the asked precision its outputs are not those of fp32."""
 
 
-class InferenceError(RuntimeError):
-    """An engine that had loaded failed on a frame. `backend` is its name."""
+class EngineMissing(BackendUnavailable):
+    """An engine would run here, but has to be built first."""
 
-    def __init__(self, backend: str, reason: str) -> None:
+
+class InferenceError(RuntimeError):
+    """An engine that had loaded failed on a frame.
+
+    Attributes:
+        backend: its name.
+        device_failed: whether a call on a GPU failed, after which nothing on it can be expected to work.
+    """
+
+    def __init__(self, backend: str, reason: str, device_failed: bool = False) -> None:
         super().__init__(f"{backend}: {reason}")
         self.backend = backend
+        self.device_failed = device_failed
 
 
 class Backend(ABC):
     """A model loaded into one engine on one device. Use it from one thread at a time.
 
     Attributes:
-        kind: "openvino", "onnxruntime", "torch", "triton".
+        kind: "tensorrt", "openvino", "onnxruntime", "torch", "triton".
         devices: devices that the engine can have; CUDA is NVIDIA's, GPU is Intel's, REMOTE a model server's.
         needs: which file of the model folder it runs, "graph" or "weights".
         card: the model.
         device, precision, threads: what it runs on, in which arithmetic ("fp32", "bf16"), with how many threads.
         notes: what was tried before this engine was taken and why it was not, and how it was checked.
+        unbuilt: names of engines that would have been taken, had they been built.
+        standby: the fp32 engine on the CPU that this one was checked against, if `open_backend` was to keep it.
     """
 
     kind: ClassVar[str]
@@ -65,6 +85,8 @@ class Backend(ABC):
         self.precision = precision
         self.threads = threads
         self.notes: list[str] = []
+        self.unbuilt: list[str] = []
+        self.standby: Backend | None = None
         self._closed = False
 
     @classmethod
@@ -132,7 +154,7 @@ class Backend(ABC):
         try:
             probabilities, latent = self._run(np.ascontiguousarray(frames))
         except Exception as error:
-            raise InferenceError(self.name, first_line(error)) from error
+            raise InferenceError(self.name, first_line(error), self.device in ("CUDA", "GPU")) from error
         if probabilities is None:
             probabilities = np.zeros((len(frames), 0), np.float32)
         if not (np.isfinite(latent).all() and np.isfinite(probabilities).all()):
@@ -143,7 +165,14 @@ class Backend(ABC):
         """Free the engine; calling it again does nothing."""
         if not self._closed:
             self._closed = True
+            if standby := self.take_standby():
+                standby.close()
             self._free()
+
+    def take_standby(self) -> Backend | None:
+        """The engine on the CPU that stands by, from now on the caller's to close; None where there is none."""
+        standby, self.standby = self.standby, None
+        return standby
 
     def __enter__(self) -> Backend:
         return self
@@ -181,12 +210,8 @@ def _torch() -> type[Backend]:
     return _engine_in("torch_backend", "TorchBackend")()
 
 
-def _tensorrt() -> type[Backend]:
-    raise BackendUnavailable("comes with its own backend, not available in this version")
-
-
 BACKENDS: dict[str, Callable[[], type[Backend]]] = {
-    "tensorrt": _tensorrt,
+    "tensorrt": _engine_in("tensorrt_backend", "TensorRtBackend"),
     "openvino": _engine_in("openvino_backend", "OpenVinoBackend"),
     "onnxruntime": _engine_in("onnxruntime_backend", "OnnxRuntimeBackend"),
     "torch": _torch,
@@ -230,6 +255,8 @@ def open_backend(
     threads: int | None = None,
     exclude: Collection[str] = (),
     server: ModelServer | None = None,
+    builder: EngineBuilder | None = None,
+    standby: bool = False,
 ) -> Backend:
     """Load a model into the engine that is asked for, or into the best one that truly runs here.
 
@@ -239,13 +266,16 @@ def open_backend(
     Args:
         model: what `find_model` takes, or a card. sha256 is not checked here (`ModelCard.verify`).
         backend: "auto", or a name of `BACKENDS`.
-        precision: "fp32", or "bf16" where the device has it.
-        allow_fallback: whether, instead of what was asked for, fp32 will do, and then another engine. Asked
-            for "auto", engines that have the precision come first.
+        precision: "fp32"; "bf16" where the device has it; "fp16" or "fp16-mixed" with TensorRT.
+        allow_fallback: whether, instead of what was asked for, another precision of `LADDER` will do, and then
+            another engine. Asked for "auto", engines that have the precision come first.
         device: "CPU", "CUDA", "GPU" (Intel) or "REMOTE"; the best one unless told.
         threads: CPU threads; `default_threads()` unless told.
         exclude: engines not to take, by name or its beginning: "openvino", "onnxruntime:CUDA".
         server: the model server of the backend "triton", which "auto" tries first then; never a fallback.
+        builder: builds TensorRT's engine where it is missing, which can take minutes; without one, only an engine that
+            was built before is taken, and `unbuilt` names those that were missing.
+        standby: keep, of an engine on a GPU, the one on the CPU that it was checked against, in `standby`.
 
     Returns:
         A backend whose `name` says what runs and whose `notes` say what does not, and why.
@@ -265,31 +295,44 @@ def open_backend(
         asked = [candidate for candidate in asked if candidate[0] != "triton"]
     # A frame leaves the machine only for a server that was asked for.
     others = [place for place in AUTO_ORDER if place not in asked and place[0] != "triton"] if allow_fallback else []
-    precisions = dict.fromkeys((precision, "fp32")) if allow_fallback else (precision,)
+    precisions = (precision, *LADDER.get(precision, ())) if allow_fallback else (precision,)
     queue = deque((kind, where, how) for places in (asked, others) for how in precisions for kind, where in places)
     notes: list[str] = []
+    unbuilt: list[str] = []
 
     def note(text: str) -> None:
         if text not in notes:
             notes.append(text)
 
+    tried: set[str] = set()
     while queue:
         kind, where, how = queue.popleft()
         name = f"{kind}:{where}:{how}"
+        if name in tried:
+            continue
+        tried.add(name)
         if backend == "auto" and (kind, where) == ("torch", "CUDA") and not has_cuda_device():
             note("torch:CUDA: NVIDIA's driver is not there or finds no GPU")
             continue
         if any(f"{name}:".startswith(f"{part}:") for part in exclude):
             note(f"{name}: excluded")
             continue
+        if how.startswith("fp16") and kind in _WITHOUT_FP16:
+            note(f"{kind}:{where}: does not compute in fp16")
+            continue
         try:
-            options = {"server": server} if kind == "triton" else {}
-            engine = _load(card, kind, where, how, threads or default_threads(), options)
+            options: dict[str, Any] = {"server": server} if kind == "triton" else {}
+            if kind == "tensorrt":
+                options = {"builder": builder}
+            engine = _load(card, kind, where, how, threads or default_threads(), options, standby)
         except PrecisionRefused as error:
             note(f"{name}: {error}")
             _logger.warning("%s refused: %s", name, error)
             if allow_fallback:
-                queue.appendleft((kind, where, "fp32"))
+                queue.extendleft((kind, where, lower) for lower in reversed(LADDER.get(how, ())))
+        except EngineMissing as error:
+            note(f"{name}: {error}")
+            unbuilt.append(name)
         except BackendUnavailable as error:
             note(f"{kind}:{where}: {error}")
         else:
@@ -300,6 +343,7 @@ def open_backend(
             else:
                 _logger.info("%s runs %s", engine.name, card.model_id)
             engine.notes = notes + engine.notes
+            engine.unbuilt = unbuilt
             return engine
     wanted = ":".join(filter(None, (backend, device, precision)))
     advice = "" if allow_fallback else "; allow_fallback would take the next best instead"
@@ -346,7 +390,15 @@ def _candidates(backend: str, device: str | None) -> list[tuple[str, str]]:
     return found
 
 
-def _load(card: ModelCard, kind: str, device: str, precision: str, threads: int, options: Mapping[str, Any]) -> Backend:
+def _load(
+    card: ModelCard,
+    kind: str,
+    device: str,
+    precision: str,
+    threads: int,
+    options: Mapping[str, Any],
+    standby: bool,
+) -> Backend:
     """An engine that has passed its check; options are for the engine alone.
 
     Raises:
@@ -363,7 +415,7 @@ def _load(card: ModelCard, kind: str, device: str, precision: str, threads: int,
         raise BackendUnavailable(str(error)) from error
     backend = _construct(engine, card, device, precision, threads, options)
     try:
-        _check(backend)
+        _check(backend, standby)
     except InferenceError as error:
         backend.close()
         raise BackendUnavailable(f"failed on a sample frame: {error}") from error
@@ -389,7 +441,7 @@ def _construct(
         raise BackendUnavailable(f"could not load {card.name}: {first_line(error)}") from error
 
 
-def _check(backend: Backend) -> None:
+def _check(backend: Backend, standby: bool) -> None:
     """Run the sample frames; refuse unsound outputs, and outputs that are not those of fp32 on the CPU."""
     outputs = _on_samples(backend)
     problems = list(unsound(outputs))
@@ -399,8 +451,12 @@ def _check(backend: Backend) -> None:
     if fp32 is None:
         agreement, reference = compare(_on_samples(backend), outputs), "itself"
     else:
-        with fp32:
+        with contextlib.ExitStack() as stack:
+            stack.callback(fp32.close)
             agreement, reference = compare(outputs, _on_samples(fp32)), fp32.name
+            if standby and agreement.holds and fp32.device != backend.device:
+                stack.pop_all()
+                backend.standby = fp32
     if not agreement.holds:
         refused = PrecisionRefused if backend.precision != "fp32" else BackendUnavailable
         raise refused(f"disagrees with {reference} on {len(outputs[0])} sample frames: {agreement}")

@@ -160,7 +160,7 @@ class EngineCache:
             if facts["key"].get("graph_sha256") == key.graph_sha256
         ]
         if near:
-            return None, f"the nearest engine of this model differs: {'; '.join(min(near, key=len))}"
+            return None, f"the nearest engine of this model differs: {'; '.join(sorted(near, key=len)[0])}"
         return None, "no engine of this model has been built yet"
 
     def get(

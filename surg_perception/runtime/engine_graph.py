@@ -121,5 +121,37 @@ def _halved(model: Any, in_fp32: tuple[str, ...]) -> Any:
             op_block_list=[*DEFAULT_OP_BLOCK_LIST, *in_fp32],
             node_block_list=last,
         )
+    _join_fp32(halved)
     OnnxModel(halved).topological_sort(is_deterministic=True)
     return halved
+
+
+def _join_fp32(model: Any) -> None:
+    """Between two operators in fp32 a value stays fp32: a squared one overflows in fp16 before its root is taken."""
+    from onnx import TensorProto
+
+    def casts(to: int) -> dict[str, str]:
+        return {
+            node.output[0]: node.input[0]
+            for node in model.graph.node
+            if node.op_type == "Cast" and node.attribute[0].i == to
+        }
+
+    halved, widened = casts(TensorProto.FLOAT16), casts(TensorProto.FLOAT)
+    computed = {name for node in model.graph.node for name in node.output if node.op_type != "Cast"}
+    for node in model.graph.node:
+        if node.op_type == "Cast":
+            continue
+        for index, name in enumerate(node.input):
+            origin = halved.get(widened.get(name, ""), "")
+            if origin in computed:
+                node.input[index] = origin
+    while True:
+        used = {name for node in model.graph.node for name in node.input} | {
+            tensor.name for tensor in model.graph.output
+        }
+        dead = [node for node in model.graph.node if node.op_type == "Cast" and node.output[0] not in used]
+        if not dead:
+            return
+        for node in dead:
+            model.graph.node.remove(node)

@@ -12,6 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from surg_perception.models import ModelCard, ModelError
+from surg_perception.runtime.agreement import Outputs
 from surg_perception.runtime.backend import Backend, BackendUnavailable
 from surg_perception.runtime.graph import GraphFacts, RunGraph, Shape, check_contract
 
@@ -84,6 +85,22 @@ def load_graph(path: Path, threads: int) -> tuple[GraphFacts, RunGraph]:
         return output
 
     return _facts(session), run
+
+
+def outputs_of(graph: bytes, frames: NDArray[np.uint8], threads: int) -> Outputs:
+    """Outputs of a graph for one frame (`engine_graph`), on the CPU, for frames uint8 [N, 224, 224, 3]."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _ERRORS_ONLY
+    # Optimisations would drop a cast to fp16 and back, and with it the rounding that is to be seen.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    names = [tensor.name for tensor in session.get_outputs()]
+    rows = [dict(zip(names, session.run(names, {"frame": frame[np.newaxis]}), strict=True)) for frame in frames]
+    latents = np.concatenate([row["latent"] for row in rows])
+    if "probabilities" not in names:
+        return np.zeros((len(frames), 0), np.float32), latents
+    return np.concatenate([row["probabilities"] for row in rows]), latents
 
 
 def _session(path: Path, options: Any, provider: tuple[str, dict[str, str]]) -> Any:
