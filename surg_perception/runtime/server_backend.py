@@ -119,13 +119,13 @@ class ServerBackend(Backend):
             self._check_model(timeout_s)
             outputs = self._ask(self._samples, len(self._samples) * timeout_s)
             sampled = np.zeros((len(self._samples), 0), np.float32) if outputs[0] is None else outputs[0], outputs[1]
-            agreement = compare(sampled, self._sampled or sampled)
-            if not agreement.holds:
+            if self._sampled is None:
+                self._sampled = sampled
+            elif not (agreement := compare(sampled, self._sampled)).holds:
                 raise ServerError(
                     f"{self.server.url} has come back with another model under the name {self.card.name!r}, version "
                     f"{self.version}: its outputs on sample frames are no longer what they were ({agreement})"
                 )
-            self._sampled = self._sampled or sampled
         except BaseException:
             self._free()
             raise

@@ -323,11 +323,12 @@ def test_an_answer_that_comes_late_is_never_taken_for_a_later_frames(
         open_backend(card, "triton", allow_fallback=False, server=ModelServer(own_triton.url, 5.0)) as opened,
         open_backend(card, "onnxruntime") as local,
     ):
-        delay.write_text("12")
+        delay.write_text("30")
         started_s = time.monotonic()
-        with pytest.raises(InferenceError, match=rf"no answer from {own_triton.url} within 5 s"):
+        # 10 s where the machine is so slow that the connection is checked first, with two frames.
+        with pytest.raises(InferenceError, match=rf"no answer from {own_triton.url} within (5|10) s"):
             opened.infer(frames[0])
-        assert time.monotonic() - started_s < 11
+        assert time.monotonic() - started_s < 25
         delay.unlink()
         end_s = time.monotonic() + 120
         while True:
@@ -483,9 +484,16 @@ ANSWERS: dict[str, tuple[Callable[[Any], None], str]] = {
     "no request's": (_set(id=""), "answers with id ''"),
     "another model's": (_set(model_name="other"), "answers with model_name 'other', expected 'small'"),
     "another version's": (_set(model_version="7"), r"answers with model_version '7', expected '\d+'"),
-    "of another type": (_first_output(datatype="FP64", shape=[1, 5]), "InferenceError|float64|reshape"),
-    "of another shape": (_first_output(shape=[5, 1]), r"'probabilities' float32 \[5, 1\], expected float32 \[1, 5\]"),
-    "nameless": (_first_output(name="scores"), r"'probabilities' nothing, expected float32 \[1, 5\]"),
+    "of another type": (
+        _first_output(datatype="FP64"),
+        r"'probabilities' FP64 \[1, 5\] in 20 bytes, expected FP32 \[1, 5\]",
+    ),
+    "of another shape": (
+        _first_output(shape=[5, 1]),
+        r"'probabilities' FP32 \[5, 1\] in 20 bytes, expected FP32 \[1, 5\]",
+    ),
+    "cut short": (_values(lambda values: values[:-1]), r"'latent' FP32 \[1, 8, 4, 4\] in 508 bytes"),
+    "nameless": (_first_output(name="scores"), r"'probabilities' nothing, expected FP32 \[1, 5\]"),
     "not finite": (_values(lambda values: values * np.float32(np.nan)), "NaN or infinity"),
 }
 
@@ -539,9 +547,9 @@ def test_tls_checks_who_the_server_is(card: ModelCard, network: SmallNetwork, tm
     if shutil.which("openssl") is None:
         pytest.skip("no openssl here to make a certificate")
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    request = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost".split()
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-        + ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)],
+        [*request, "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)],
         check=True,
         capture_output=True,
     )
