@@ -154,7 +154,7 @@ PHASE = ParameterTable(
         ),
         Parameter(
             "runtime.server_timeout_s",
-            0.5,
+            0.25,
             "Longest wait for the model server's answer to an image; after it the image's state is FAULT.",
             minimum=0.01,
             maximum=60.0,

@@ -43,7 +43,7 @@ class ModelServer:
     """
 
     url: str
-    timeout_s: float = 0.5
+    timeout_s: float = 0.25
     version: str = ""
 
     def __post_init__(self) -> None:
