@@ -117,7 +117,8 @@ def _build_engine(options: argparse.Namespace) -> int:
             lines += [
                 f"The engine itself was not run here ({no_cuda or 'it is for another GPU'}): whether it agrees with "
                 "fp32 was not measured.",
-                f"On the target, with the engine's two files in its {_cache_text(cache.folder)}, run: surg-perception "
+                "On the target, with the engine's two files in the folder surg_perception/engines of its cache "
+                "($XDG_CACHE_HOME, else ~/.cache), run: surg-perception "
                 f"build-engine {card.name} --flavour {library.flavour} --precision {last.precision}",
             ]
     if options.out is not None and last.entry is not None:
@@ -218,6 +219,3 @@ def _say_json(**message: Any) -> None:
     except BrokenPipeError:  # who asked for the engine is gone
         os._exit(1)
 
-
-def _cache_text(folder: Path) -> str:
-    return str(folder).replace(str(Path.home()), "~", 1)

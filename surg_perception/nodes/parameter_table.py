@@ -130,14 +130,23 @@ PHASE = ParameterTable(
         Parameter(
             "runtime.precision",
             "fp32",
-            "Arithmetic of the network, checked against fp32 on sample frames at configure.",
-            choices=("fp32", "bf16"),
+            "Arithmetic of the network, checked against fp32 on sample frames at configure. fp16, and fp16-mixed with "
+            "norms and softmax in fp32: TensorRT only.",
+            choices=("fp32", "bf16", "fp16", "fp16-mixed"),
         ),
         Parameter(
             "runtime.allow_fallback",
             True,
             "Where the asked backend or precision does not run or does not agree with fp32: true takes the next "
             "best and warns, false makes configure fail.",
+        ),
+        Parameter(
+            "engine.build",
+            "background",
+            "Where TensorRT would run and its engine has not been built yet (minutes, once): 'configure' builds it "
+            "before configure ends, 'background' lets the next best backend serve meanwhile and switches over between "
+            "two images (needs runtime.allow_fallback), 'never' leaves it to `surg-perception build-engine`.",
+            choices=("configure", "background", "never"),
         ),
         Parameter(
             "runtime.threads",

@@ -22,6 +22,7 @@ from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, SurgicalPhase
 from surg_perception_msgs.srv import SetProcedure
 
 from surg_perception.models import ModelCard, ModelError, find_model
+from surg_perception.nodes.engine_switch import EngineSwitch
 from surg_perception.nodes.forecast_stage import ForecastStage, ForecastTopics
 from surg_perception.nodes.lifecycle import (
     ConfigureError,
@@ -34,7 +35,8 @@ from surg_perception.nodes.lifecycle import (
 from surg_perception.nodes.model_switch import LoadedModel, ModelSwitch, Refusal
 from surg_perception.nodes.parameter_table import PHASE
 from surg_perception.procedures import resolve_model
-from surg_perception.runtime.backend import Backend, BackendUnavailable, open_backend
+from surg_perception.runtime.backend import BACKENDS, Backend, BackendUnavailable, InferenceError, open_backend
+from surg_perception.runtime.engine_build import EngineBuilder
 from surg_perception.runtime.forecast import ForecastBackend, open_forecast
 from surg_perception.runtime.model_repository import ModelServer
 from surg_perception.stream.forecast import ForecastSettings
@@ -59,7 +61,7 @@ FILTER_PARAMETERS = ("time_constant_s", "switch_margin", "hold_s", "reset_gap_s"
 RUN_OF_SLOW_FRAMES = 5
 """So many slow frames in a row are an ERROR in diagnostics, fewer a WARN."""
 FAULTS_BEFORE_FALLBACK = 3
-"""After so many failed inferences in a row the backend is replaced, where allowed."""
+"""After so many failed inferences in a row the backend is replaced, where allowed; after one if its GPU failed."""
 
 
 @dataclass
@@ -86,7 +88,8 @@ class PhaseNode(PerceptionNode):
 
     The executor's thread only takes messages into the newest-frame mailbox and watches for silence; one worker
     thread decodes, infers, filters and publishes. Forecasts have a thread of their own, and so has the loading of
-    another model for the service `~/set_procedure`; the executor's thread then puts it in between two images.
+    another model for the service `~/set_procedure`, and of an engine that is built in the background; the executor's
+    thread then puts it in between two images.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -102,6 +105,9 @@ class PhaseNode(PerceptionNode):
         """Held while an image is worked on and while the model is replaced."""
         self._switch: ModelSwitch | None = None
         self._loader: threading.Thread | None = None
+        self._builder: EngineBuilder | None = None
+        self._engine: EngineSwitch | None = None
+        self._engine_fault = ""
         self._failed_backends: list[str] = []
         self._pipeline: PhasePipeline | None = None
         self._worker: threading.Thread | None = None
@@ -137,6 +143,7 @@ class PhaseNode(PerceptionNode):
         except (ValueError, OSError, BackendUnavailable) as error:
             raise ConfigureError(str(error)) from error
         self._take_over(loaded)
+        self._start_engine()
         deadline = Duration(seconds=v["output.deadline_s"])
         controlled = QoSProfile(
             depth=1,
@@ -173,8 +180,10 @@ class PhaseNode(PerceptionNode):
         self._card, self._backend = loaded.card, loaded.backend
         self._temporal, self._forecast_backend, self._labels = loaded.temporal, loaded.forecast, loaded.labels
 
-    def _open(self, card: ModelCard, name: str, exclude: list[str]) -> Backend:
+    def _open(self, card: ModelCard, name: str, exclude: list[str], build: bool = True) -> Backend:
+        """A backend that has passed its check; builds its engine first where parameters and `build` let it."""
         v = self.values
+        self._builder = EngineBuilder(self.get_logger().info) if build and v["engine.build"] == "configure" else None
         server = None
         if v["runtime.server_url"] and v["runtime.backend"] in ("auto", "triton"):
             server = ModelServer(v["runtime.server_url"], v["runtime.server_timeout_s"], v["runtime.server_version"])
@@ -186,11 +195,34 @@ class PhaseNode(PerceptionNode):
             threads=v["runtime.threads"] or None,
             exclude=exclude,
             server=server,
+            builder=self._builder,
+            standby=v["runtime.allow_fallback"],
         )
         for note in backend.notes:
             self.get_logger().info(note)
         self.get_logger().info(f"model {card.model_id} runs on {backend.name}")
         return backend
+
+    def _start_engine(self) -> None:
+        """Build the best engine that was missing, if there is one and it is wanted; the backend serves meanwhile."""
+        self._stop_engine()
+        v, card = self.values, self._card
+        if v["engine.build"] != "background" or not self._backend.unbuilt:
+            return
+        name = self._backend.unbuilt[0]
+        kind, device, precision = name.split(":")
+        exclude = [*(other for other in BACKENDS if other != kind), *self._failed_backends]
+
+        def load(builder: EngineBuilder) -> Backend:
+            threads, standby = v["runtime.threads"] or None, v["runtime.allow_fallback"]
+            return open_backend(card, kind, precision, True, device, threads, exclude, builder=builder, standby=standby)
+
+        self._engine = EngineSwitch(name, load, self.get_logger().info)
+
+    def _stop_engine(self) -> None:
+        engine, self._engine, self._engine_fault = self._engine, None, ""
+        if engine is not None:
+            engine.cancel()
 
     def _open_forecast(self, card: ModelCard, backend: Backend) -> ForecastBackend | None:
         """The model's forecast, if it has one and it is wanted; a faulty one is an error only where it is demanded."""
@@ -235,6 +267,7 @@ class PhaseNode(PerceptionNode):
         self._timers_ = [
             self.create_timer(watch_s, self._watch),
             self.create_timer(1.0, self._warn_of_silence),
+            self.create_timer(0.2, self._look_for_engine),
         ]
 
     def _new_pipeline(self) -> PhasePipeline:
@@ -270,6 +303,8 @@ class PhaseNode(PerceptionNode):
     def deactivate(self) -> None:
         if self._switch is not None:
             self._switch.cancel()
+            if self._builder is not None:
+                self._builder.cancel()
         if self._subscription is not None:
             self.destroy_subscription(self._subscription)
             self._subscription = None
@@ -286,6 +321,7 @@ class PhaseNode(PerceptionNode):
         self._pipeline = None
 
     def cleanup(self) -> None:
+        self._stop_engine()
         join(self._loader, 60.0)
         topics = self._forecast_topics
         for publisher in (*self._outputs.values(), *((topics.image, topics.novelty) if topics else ())):
@@ -343,6 +379,24 @@ class PhaseNode(PerceptionNode):
             f"({self._subscription.msg_type.__name__}): {self.describe_publishers(self._topic)}{why}"
         )
 
+    def _look_for_engine(self) -> None:
+        """Let an engine that was built in the background run from the next image on."""
+        engine = self._engine
+        if engine is None:
+            return
+        if engine.failure and engine.failure != self._engine_fault:
+            self._engine_fault = engine.failure
+            self.get_logger().error(f"{engine.name} could not be built, {self._backend.name} goes on: {engine.failure}")
+        backend = engine.take()
+        if backend is None:
+            return
+        for note in backend.notes:
+            self.get_logger().info(note)
+        with self._model:
+            old = self._exchange(backend)
+        self._engine = None
+        self.get_logger().info(f"{backend.name} from now on instead of {old.name}")
+
     # The executor's thread: another model ---------------------------------------------------------------------
 
     async def _set_procedure(self, request: SetProcedure.Request, response: SetProcedure.Response) -> Any:
@@ -399,6 +453,7 @@ class PhaseNode(PerceptionNode):
             self._publish_labels()
         threading.Thread(target=old.close, name="old model", daemon=True).start()
         self._start_forecast()
+        self._start_engine()
         self.correct_parameter("model.path", path)
         done = f"{loaded.card.model_id} on {loaded.backend.name} runs instead of {old.card.model_id}"
         self.get_logger().info(done)
@@ -443,23 +498,37 @@ class PhaseNode(PerceptionNode):
         with self._publishing:
             self._last_header = header
             self._send_phase(self._blank_message(SurgicalPhase.FAULT, header))
-        if self._consecutive_faults == FAULTS_BEFORE_FALLBACK and self.values["runtime.allow_fallback"]:
-            self._fall_back()
+        if not self.values["runtime.allow_fallback"]:
+            return
+        device_failed = isinstance(error, InferenceError) and error.device_failed
+        at_once = device_failed and self._backend.name not in self._failed_backends
+        if at_once or self._consecutive_faults == FAULTS_BEFORE_FALLBACK:
+            self._fall_back(device_failed)
 
-    def _fall_back(self) -> None:
-        """Replace a backend that keeps failing by the next best one."""
+    def _fall_back(self, device_failed: bool) -> None:
+        """Replace a backend that fails by the one that stands by, else the next best one that needs no building."""
         failed = self._backend
         self._failed_backends.append(failed.name)
+        if device_failed:
+            self._failed_backends += [f"{kind}:{failed.device}" for kind in BACKENDS]
+            self._stop_engine()
         try:
-            self._backend = self._open(self._card, "auto", self._failed_backends)
+            other = failed.take_standby() or self._open(self._card, "auto", self._failed_backends, build=False)
         except (BackendUnavailable, ModelError) as error:
             self.get_logger().error(f"no other backend runs: {error}")
             return
-        self.get_logger().warning(f"{failed.name} kept failing: {self._backend.name} from now on")
-        failed.close()
-        self._pipeline.backend = self._backend
-        self._labels.backend = self._backend.name
+        self.get_logger().warning(f"{failed.name} failed: {other.name} from now on")
+        self._exchange(other)
+
+    def _exchange(self, backend: Backend) -> Backend:
+        """Let a backend of the same model run from now on, with `_model` held; returns the one before, being closed."""
+        old, self._backend = self._backend, backend
+        self._pipeline.backend = backend
+        self._labels.backend = backend.name
         self._publish_labels()
+        # In a thread: giving memory back to a GPU that hangs can take for ever.
+        threading.Thread(target=old.close, name="old backend", daemon=True).start()
+        return old
 
     def _publish(self, arrival: Arrival, started_s: float, result: PhaseResult) -> None:
         ended_s = time.monotonic()
@@ -600,6 +669,14 @@ class PhaseNode(PerceptionNode):
             status.summary(DiagnosticStatus.OK, f"{self._card.model_id} on {self._backend.name}")
         status.add("model", self._card.model_id)
         status.add("backend", self._backend.name)
+        status.add("notes", "; ".join(self._backend.notes))
+        if self._backend.standby is not None:
+            status.add("standby", self._backend.standby.name)
+        engine = self._engine
+        if engine is not None:
+            status.add("engine", engine.progress)
+            if engine.failure:
+                status.mergeSummary(DiagnosticStatus.WARN, f"no {engine.name}: {engine.failure}")
         status.add("temporal_head", "yes" if self._temporal is not None else "no")
         status.add("inference_faults", str(self._counts.faults))
         if self._forecast is not None:

@@ -29,7 +29,7 @@ from surg_perception.runtime.backend import (
 )
 from surg_perception.runtime.cuda_device import CudaDevice, CudaError, Gpu
 from surg_perception.runtime.engine_cache import EngineCache, EngineKey, Entry
-from surg_perception.runtime.engine_graph import GRAPH_VERSION, engine_graph
+from surg_perception.runtime.engine_graph import GRAPH_VERSION, engine_graph, rounding_shown
 from surg_perception.runtime.graph import FRAME_SHAPE
 from surg_perception.runtime.tensorrt_layer import (
     WORKSPACE_MIB,
@@ -150,6 +150,9 @@ def cpu_engine(card: ModelCard, threads: int, kinds: Sequence[str] = CPU_ENGINES
     """
     reasons = []
     for kind in kinds:
+        if kind == "torch" and card.weights is None:
+            reasons.append("torch: the model has no weights")  # told before PyTorch is imported
+            continue
         try:
             engine = BACKENDS[kind]()
             getattr(card, f"{engine.needs}_path")
@@ -246,7 +249,7 @@ class Workbench:
             from surg_perception.runtime.onnxruntime_backend import outputs_of
         except ImportError:
             return None, ""
-        return self.reference.judge(outputs_of(graph, self.reference.frames, self.threads))
+        return self.reference.judge(outputs_of(rounding_shown(graph), self.reference.frames, self.threads))
 
     def _on_gpu(self, entry: Entry) -> tuple[Agreement, str]:
         assert self.cuda is not None

@@ -92,7 +92,7 @@ def outputs_of(graph: bytes, frames: NDArray[np.uint8], threads: int) -> Outputs
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
-    # Optimisations would drop a cast to fp16 and back, and with it the rounding that is to be seen.
+    # Optimisations would undo `rounding_shown`.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in session.get_outputs()]

@@ -520,9 +520,12 @@ def test_onnxruntime_does_not_pretend_to_bf16(card: ModelCard, log: list[str]) -
     assert any("runs instead" in line for line in log)
 
 
-def test_tensorrt_has_its_place_and_does_not_pretend(card: ModelCard) -> None:
-    assert available_backends()["tensorrt"] == "comes with its own backend, not available in this version"
-    with pytest.raises(BackendUnavailable, match="tensorrt:CUDA: comes with its own backend"):
+def test_tensorrt_has_its_place_and_does_not_pretend(card: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, library, None)
+    reason = "tensorrt is not installed; tensorrt_rtx is not installed"
+    assert available_backends()["tensorrt"] == reason
+    with pytest.raises(BackendUnavailable, match=f"tensorrt:CUDA: {reason}"):
         open_backend(card, "tensorrt", allow_fallback=False)
     with open_backend(card, "tensorrt") as opened:
         assert opened.kind in ("openvino", "onnxruntime")
