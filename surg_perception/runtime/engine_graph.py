@@ -16,6 +16,7 @@ from surg_perception.models import ModelError
 
 GRAPH_VERSION = 1
 """Raised when the same file and precision give another graph: engines are then built anew."""
+_OWN_DOMAIN = "surg_perception"
 NORMS_AND_SOFTMAX = (
     "Softmax",
     "LogSoftmax",
@@ -75,23 +76,46 @@ def engine_graph(path: str | Path, precision: str) -> bytes:
 
 
 def rounding_shown(graph: bytes) -> bytes:
-    """The same graph, so that ONNX Runtime's CPU rounds where a GPU does.
+    """The same graph in fp32, with each value that is fp16 in it rounded as fp16 rounds, and overflowing as it does.
 
-    It computes most operators in fp32 whatever the graph says, and leaves out a cast to fp16 and back between two of
-    them: 90000 would not overflow. An Identity in between, which it has in fp16, keeps the casts.
+    ONNX Runtime's CPU computes fp16 operators in fp32 and leaves out the casts between them, so that running the graph
+    itself would show too little. Rounding to 11 binary digits is Veltkamp's splitting (T. J. Dekker, "A floating-point
+    technique for extending the available precision", 1971); numbers below fp16's smallest normal one stay as they are.
     """
     import onnx
+    from onnx import TensorProto, helper, numpy_helper
 
-    model = onnx.load_from_string(graph)
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(graph), strict_mode=True)
+    types = {tensor.name: tensor.type.tensor_type.elem_type for tensor in model.graph.value_info}
     nodes = list(model.graph.node)
     del model.graph.node[:]
+    del model.graph.value_info[:]
     for node in nodes:
-        shown = []
+        rounded = []
         for index, name in enumerate(node.output):
-            if node.op_type != "Cast" and name:
-                node.output[index] = f"{name}.computed"
-                shown.append(onnx.helper.make_node("Identity", [f"{name}.computed"], [name]))
-        model.graph.node.extend([node, *shown])
+            if types.get(name) == TensorProto.FLOAT16:
+                node.output[index] = f"{name}.exact"
+                rounded.append(helper.make_node("RoundToHalf", [f"{name}.exact"], [name], domain=_OWN_DOMAIN))
+        if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT16:
+            node.attribute[0].i = TensorProto.FLOAT
+        model.graph.node.extend([node, *rounded])
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    constants = {"factor": 2.0**13 + 1, "largest": 65504.0, "infinity": float("inf")}
+    steps = [
+        *(helper.make_node("Constant", [], [name], value_float=value) for name, value in constants.items()),
+        helper.make_node("Mul", ["x", "factor"], ["large"]),
+        helper.make_node("Sub", ["large", "x"], ["difference"]),
+        helper.make_node("Sub", ["large", "difference"], ["short"]),
+        helper.make_node("Abs", ["short"], ["size"]),
+        helper.make_node("Greater", ["size", "largest"], ["overflows"]),
+        helper.make_node("Mul", ["short", "infinity"], ["endless"]),
+        helper.make_node("Where", ["overflows", "endless", "short"], ["y"]),
+    ]
+    opset = next(entry for entry in model.opset_import if entry.domain == "")
+    model.functions.append(helper.make_function(_OWN_DOMAIN, "RoundToHalf", ["x"], ["y"], steps, [opset]))
+    model.opset_import.append(helper.make_opsetid(_OWN_DOMAIN, 1))
     content: bytes = model.SerializeToString()
     return content
 

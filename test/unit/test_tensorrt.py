@@ -108,6 +108,30 @@ def test_the_graph_computes_the_model_in_its_precision(precision: str, card: Mod
     assert precision == "fp32" or np.abs(p - expected_p).max() > 1e-5, "fp16 leaves its traces"
 
 
+def test_rounding_is_that_of_fp16() -> None:
+    values = np.random.default_rng(0).normal(scale=100.0, size=4096).astype(np.float32)
+    values[:4] = 70000, -70000, 65504, 0
+    shape = [1, 4096]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
+            helper.make_node("Cast", ["half"], ["y"], to=TensorProto.FLOAT),
+        ],
+        "round",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(rounding_shown(model.SerializeToString()), options)
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": values[np.newaxis]})[0][0], expected)
+
+
 def squaring(network: SmallNetwork, folder: Path) -> ModelCard:
     """A model that squares numbers of several hundred and takes the root: fp16 ends at 65504."""
     model = graph_of(network)
