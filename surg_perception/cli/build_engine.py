@@ -51,6 +51,12 @@ def add_parser(verbs: Any) -> None:
         metavar="PATH",
         help=f"video or folder of images to compare on, {_FRAMES} of it (default: 16 pictures of the phantom)",
     )
+    build.add_argument(
+        "--reference",
+        choices=("torch", "onnxruntime", "openvino"),
+        default="torch",
+        help="whose fp32 on the CPU to compare with; another one where it does not run (default: %(default)s)",
+    )
     build.add_argument("--threads", type=int, default=0, metavar="N", help="of the CPU (default: cores, at most four)")
     build.add_argument("--niceness", type=int, default=0, choices=range(20), metavar="0..19", help="give way to others")
     build.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
@@ -82,7 +88,7 @@ def _build_engine(options: argparse.Namespace) -> int:
         cache = EngineCache()
         # Says at once what cannot be, before the slow part.
         engine_key(card, library, options.precision, None if cuda is None else cuda.gpu, targets)
-        reference = Reference.of(card, _frames(options.frames), threads)
+        reference = Reference.of(card, _frames(options.frames), threads, options.reference)
         progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
         )
@@ -218,4 +224,3 @@ def _say_json(**message: Any) -> None:
         print(json.dumps(message), flush=True)
     except BrokenPipeError:  # who asked for the engine is gone
         os._exit(1)
-

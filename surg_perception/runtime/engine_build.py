@@ -124,13 +124,13 @@ class Reference:
     outputs: Outputs
 
     @classmethod
-    def of(cls, card: ModelCard, frames: NDArray[np.uint8], threads: int) -> Reference:
-        """PyTorch's numbers where it is installed and the model has weights, else those of another engine.
+    def of(cls, card: ModelCard, frames: NDArray[np.uint8], threads: int, first: str = "torch") -> Reference:
+        """The numbers of one engine where it is installed and runs the model, else those of another.
 
         Raises:
             BackendUnavailable: no engine runs the model on the CPU, with every reason.
         """
-        with cpu_engine(card, threads, ("torch", *CPU_ENGINES)) as opened:
+        with cpu_engine(card, threads, tuple(dict.fromkeys((first, *CPU_ENGINES)))) as opened:
             return cls(opened.name, frames, opened.infer_batch(frames))
 
     def judge(self, outputs: Outputs) -> tuple[Agreement, str]:
@@ -328,6 +328,7 @@ class EngineBuilder:
         model = card.folder if (card.folder / CARD_NAME).is_file() else card.graph_path
         command = [sys.executable, "-m", "surg_perception.cli.main", "build-engine", str(model), "--json", "--strict"]
         command += ["--precision", precision, "--flavour", flavour, "--niceness", str(self._niceness)]
+        command += ["--reference", CPU_ENGINES[0]]  # PyTorch takes seconds to load
         what = f"an engine of {card.model_id} for {flavour} in {precision}"
         self._say(f"{what} is built; this can take minutes, once")
         with tempfile.TemporaryFile("w+") as errors:

@@ -24,6 +24,8 @@ from surg_perception_msgs.msg import SurgicalPhase
 from test_set_procedure import Theatre
 
 from surg_perception.data.phantom import Phantom
+from surg_perception.nodes import engine_switch, phase_node
+from surg_perception.runtime.engine_build import EngineBuilder
 
 FAKES = Path(__file__).parents[1] / "unit" / "fake_nvidia"
 PATIENCE_S = 300.0
@@ -46,6 +48,9 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("SURG_PERCEPTION_MODELS", str(tmp_path))
     copied(tmp_path / "old")
+    # The tests do not wait behind everything else on the machine.
+    monkeypatch.setattr(engine_switch, "EngineBuilder", lambda say: EngineBuilder(say, niceness=0))
+    monkeypatch.setattr(phase_node, "EngineBuilder", lambda say: EngineBuilder(say, niceness=0))
     state = importlib.import_module("cuda.bindings.runtime").state
     state.reset()
     yield state
