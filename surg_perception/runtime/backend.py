@@ -275,7 +275,7 @@ def open_backend(
         server: the model server of the backend "triton", which "auto" tries first then; never a fallback.
         builder: builds TensorRT's engine where it is missing, which can take minutes; without one, only an engine that
             was built before is taken, and `unbuilt` names those that were missing.
-        standby: keep, of an engine on a GPU, the one on the CPU that it was checked against, in `standby`.
+        standby: keep, of an engine on a GPU or a server, the one on the CPU that it was checked against, in `standby`.
 
     Returns:
         A backend whose `name` says what runs and whose `notes` say what does not, and why.
