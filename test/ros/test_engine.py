@@ -89,6 +89,7 @@ def test_an_engine_built_in_the_background_takes_over_between_two_images_and_a_l
         assert (np.diff(stamps_s) > 0).all()
         last = theatre.phases[-1]
         assert last.frames_rejected == 0
+        assert last.frames_received - last.frames_processed - last.frames_replaced <= 2, "no image is lost"
         wait_until(lambda: first._closed, 30, "the CPU's backend to be given back")
 
         before = len(theatre.phases)
