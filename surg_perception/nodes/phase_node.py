@@ -438,7 +438,10 @@ class PhaseNode(PerceptionNode):
         # Importing PyTorch for a try would hold up the running model for seconds.
         exclude = [] if running.kind == "torch" else ["torch"]
         path = _path_of(card, text)
-        return self._load(card, running.kind, [*self._failed_backends, *exclude]), path
+        # An engine on its way for the old model is wanted for the new one too.
+        engine = self._engine
+        kind = engine.name.split(":")[0] if engine is not None and not engine.failure else running.kind
+        return self._load(card, kind, [*self._failed_backends, *exclude]), path
 
     def _replace_model(self, loaded: LoadedModel, path: str) -> str:
         """Let another model run from the next image on; returns what to say about it. Nothing slow in here."""

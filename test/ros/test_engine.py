@@ -21,7 +21,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from folders import copied
 from rclpy.parameter import Parameter
 from surg_perception_msgs.msg import SurgicalPhase
-from test_set_procedure import Theatre
+from test_set_procedure import Theatre, other
 
 from surg_perception.data.phantom import Phantom
 from surg_perception.nodes import engine_switch, phase_node
@@ -126,6 +126,22 @@ def test_without_a_fallback_a_lost_gpu_is_a_fault_that_lasts_and_costs_nothing(
     gpu.reset()
     assert graph.transition(theatre.node, "deactivate", "cleanup", "configure", "activate")
     assert theatre.node._backend.name == "tensorrt:CUDA:fp32", "from the cache"
+
+
+def test_another_procedure_gets_its_engine_too(
+    graph: Graph, picture: np.ndarray, gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TENSORRT_HOLD", str(tmp_path / "release"))
+    new = other(tmp_path, "new")
+    with Theatre(graph, picture, runtime__backend="tensorrt", engine__build="background") as theatre:
+        first = theatre.node._engine
+        assert theatre.set("new").success
+        assert theatre.node._engine is not first
+        assert theatre.phases[-1].backend != "tensorrt:CUDA:fp32"
+        (tmp_path / "release").touch()
+        wait_until(lambda: backends(theatre)[-1] == "tensorrt:CUDA:fp32", PATIENCE_S, "the new model's engine")
+        assert theatre.phases[-1].model_id == new.model_id
+        assert first.take() is None
 
 
 def test_never_builds_nothing_and_a_failed_build_leaves_the_cpu_serving(
