@@ -210,16 +210,11 @@ class Workbench:
         gpu = None if self.cuda is None else self.cuda.gpu
         key = engine_key(self.card, self.library, precision, gpu, self.targets)
         entry, _ = self.cache.find(key)
-        attempt = Attempt(precision, cached=entry is not None and not force)
-        graph = b""
-        if not attempt.cached:
-            graph = engine_graph(self.card.graph_path, precision)
-            agreement, refused = self._on_cpu(graph)
-            attempt = replace(attempt, graph=agreement, refused=refused)
-            if refused:
-                return attempt
-        elif entry is not None and "graph_agreement" in entry.facts:
-            attempt = replace(attempt, graph=Agreement(**entry.facts["graph_agreement"]))
+        graph = engine_graph(self.card.graph_path, precision)
+        agreement, refused = self._on_cpu(graph)
+        attempt = Attempt(precision, graph=agreement, cached=entry is not None and not force, refused=refused)
+        if refused:
+            return attempt
         meter = _Meter(self.cuda)
 
         def build() -> tuple[bytes, Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -20,7 +21,10 @@ from surg_perception.runtime.engine_cache import EngineCache
 from surg_perception.runtime.engine_graph import engine_graph
 from surg_perception.runtime.tensorrt_layer import EngineError, build_engine, find_library
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx-cu12 (90 MB)")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="TensorRT-RTX is not installed: pip install tensorrt-rtx-cu12 (91 MB)",
+)
 
 PATIENCE_S = 900.0
 
