@@ -139,13 +139,14 @@ def build_engine(library: Library, graph: bytes, targets: Sequence[str], progres
 
 def _obey_types(trt: Any, network: Any, config: Any) -> None:
     """TensorRT before strong typing: allow fp16, and hold each layer to the type that the graph gives it."""
-    types = (trt.DataType.FLOAT, trt.DataType.HALF)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    types = [[layer.get_output(number).dtype for number in range(layer.num_outputs)] for layer in layers]
+    if not any(trt.DataType.HALF in found for found in types):
+        return  # without the flag there is nothing but fp32
     config.set_flag(trt.BuilderFlag.FP16)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        found = [layer.get_output(number).dtype for number in range(layer.num_outputs)]
-        if found and all(dtype in types for dtype in found):
+    for layer, found in zip(layers, types, strict=True):
+        if found and all(dtype in (trt.DataType.FLOAT, trt.DataType.HALF) for dtype in found):
             layer.precision = found[0]
             for number, dtype in enumerate(found):
                 layer.set_output_type(number, dtype)

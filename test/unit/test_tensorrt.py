@@ -195,6 +195,8 @@ def test_each_version_is_asked_for_what_it_has(state: Any, card: ModelCard, vers
         assert config.flags == {"FP16", "OBEY_PRECISION_CONSTRAINTS"}
         layers = {layer.kind: layer.precision for layer in map(network.get_layer, range(network.num_layers))}
         assert (layers["Conv"], layers["Softmax"]) == (trt.DataType.HALF, trt.DataType.FLOAT)
+        build_engine(library, engine_graph(card.graph_path, "fp32"), (), lambda done, phase: None)
+        assert trt.last_build[1].flags == set()
     else:
         assert network.flags == 1 << trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         assert config.flags == set()
