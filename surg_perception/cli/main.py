@@ -133,8 +133,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Entry point. Exit status 0: done, 1: the run failed, 2: the input cannot be used."""
-    options = parser().parse_args()
     try:
+        options = parser().parse_args()
         status = options.run(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"surg-perception: {error}", file=sys.stderr)
