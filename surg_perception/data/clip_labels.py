@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -298,13 +298,14 @@ def _store(file: Path, labels: Sequence[SecondLabels]) -> None:
     rows = [
         [second.phase, [[i.instrument, i.verb, i.target, i.box] for i in second.instruments or ()]] for second in labels
     ]
+    partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
-            json.dump(rows, partial)
-        os.replace(partial.name, file)
+        partial.write_text(json.dumps(rows), encoding="utf-8")
+        os.replace(partial, file)
     except OSError:
-        return
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _stored(file: Path, count: int) -> list[SecondLabels] | None:
