@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from surg_perception.surgllm.base_models import find_base_model
+from surg_perception.surgllm.config import JOINT as JOINT
 from surg_perception.surgllm.config import SurgLLMConfig
 from surg_perception.torch_extras import import_transformers
 
-JOINT = "joint"
-"""Name of the adapter that was tuned on all tasks together."""
 
+def fast_dtype(device: str = "") -> torch.dtype:
+    """bfloat16 where it is multiplied faster than float32, else float32.
 
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it faster than float32, else float32."""
-    if torch.cuda.is_available():
+    Args:
+        device: "cpu" for a model that stays there; else that of the trainings, the GPU where there is one.
+    """
+    if device != "cpu" and torch.cuda.is_available():
         return torch.bfloat16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
@@ -40,10 +42,7 @@ def load_tokenizer(config: SurgLLMConfig) -> Any:
     transformers = import_transformers()
     if config.language_model == "tiny":
         return transformers.ByT5Tokenizer(extra_ids=0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(find_base_model(config.language_model))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return transformers.AutoTokenizer.from_pretrained(find_base_model(config.language_model))
 
 
 class LanguageModel(nn.Module):
