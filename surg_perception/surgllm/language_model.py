@@ -151,11 +151,21 @@ class LanguageModel(nn.Module):
         For answering: no adapter layers are run, and another adapter is a few milliseconds away.
 
         Args:
-            weights: of `adapter_weights`; the model itself has no adapters.
+            weights: of `adapter_weights`, or {} for the plain model; the model itself has no adapters.
 
         Raises:
             ValueError: matrices that do not fit the language model; it is as it was.
         """
+        expected = {
+            f"{name}.lora_{side}.weight"
+            for name, _ in self.base.named_modules()
+            if name.rpartition(".")[2] in self.config.lora_targets
+            for side in "AB"
+        }
+        if weights and (wrong := sorted(expected ^ weights.keys())):
+            raise ValueError(
+                f"an adapter does not fit the language model: {len(wrong)} matrices missing or unknown, first {wrong[0]}"
+            )
         scale = self.config.lora_alpha / self.config.lora_rank
         fused: dict[str, Tensor] = {}
         try:
@@ -167,7 +177,7 @@ class LanguageModel(nn.Module):
                 plain = self._plain.get(name, layer.weight)
                 up = weights[key.replace(".lora_A.", ".lora_B.")]
                 fused[name] = (plain.float() + scale * up.float() @ down.float()).to(plain.dtype)
-        except (AttributeError, KeyError, RuntimeError) as error:
+        except RuntimeError as error:
             raise ValueError(f"an adapter does not fit the language model: {key}: {error}") from error
         for name in fused.keys() | self._plain.keys():
             weight = self.base.get_submodule(name).weight

@@ -245,6 +245,8 @@ def test_an_adapter_of_another_language_model_is_refused() -> None:
         {key.replace("layers.1", "layers.7"): value for key, value in good.items()},
         {key: value[:, :1] for key, value in good.items()},
         {key: value for key, value in good.items() if "lora_B" not in key},
+        {key: value for key, value in good.items() if "layers.1" not in key},
+        {key.replace("lora_", "other_"): value for key, value in good.items()},
     ):
         with pytest.raises(ValueError, match="an adapter does not fit the language model"):
             model.language_model.fuse(wrong)
