@@ -164,7 +164,7 @@ class LanguageModel(nn.Module):
         }
         if weights and (wrong := sorted(expected ^ weights.keys())):
             raise ValueError(
-                f"an adapter does not fit the language model: {len(wrong)} matrices missing or unknown, first {wrong[0]}"
+                f"an adapter does not fit the language model: {len(wrong)} matrices lacking or unknown, as {wrong[0]}"
             )
         scale = self.config.lora_alpha / self.config.lora_rank
         fused: dict[str, Tensor] = {}
