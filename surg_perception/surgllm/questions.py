@@ -592,9 +592,9 @@ def segment_answer(sample: Sample, clip: ClipVideo, start_s: int, end_s: int) ->
         return _keywords(seconds, places=sample.end_s - sample.start_s <= SHORT_S)
     if sample.type == "phase_change":
         return _phase_course(seconds) or None
-    if sample.type == "phase_starts":
+    if sample.subject and sample.type == "phase_starts":
         there = [second.phase == sample.subject for second in seconds]
-    elif sample.type in ("appears", "disappears", "visible"):
+    elif sample.subject and sample.type in ("appears", "disappears", "visible"):
         there = [any(state.instrument == sample.subject for state in second.instruments or ()) for second in seconds]
     elif sample.end_s == end_s and (sample.task != "temporal" or sample.start_s == start_s):
         return " ".join(filter(None, (sample.answer, _evidence(sample, seconds))))
@@ -609,6 +609,7 @@ def _evidence(sample: Sample, seconds: Sequence[SecondLabels]) -> str:
     last = seconds[-1]
     states = last.instruments or ()
     one = _unambiguous(states)
+    named = sample.subject.split()
     if sample.type == "phase_is" and last.phase is not None:
         return phase_name(last.phase)
     if sample.type in ("presence", "count", "count_kinds"):
@@ -616,13 +617,12 @@ def _evidence(sample: Sample, seconds: Sequence[SecondLabels]) -> str:
     if sample.type == "moves":
         moves = {fact.subject: fact.answer for fact in _movement_facts(seconds[-SHORT_S:]) if fact.type == "move"}
         return moves.get(sample.subject, "")
-    if sample.type == "acts":
-        state = one.get(sample.subject.split()[0])
+    if sample.type == "acts" and named:
+        state = one.get(named[0])
         return (_act(state, "ing") or "nothing") if state is not None else ""
-    if sample.type in ("beside", "above", "which_beside", "which_above"):
+    if sample.type in ("beside", "above", "which_beside", "which_above") and len(named) == 3:
         axis, sides = (0, ("left", "right")) if sample.type.endswith("beside") else (1, ("above", "below"))
-        first, _, second = sample.subject.split()
-        pair = [(one[name].centre, name) for name in (first, second) if name in one]
+        pair = [(one[name].centre, name) for name in (named[0], named[2]) if name in one]
         ordered = sorted((centre[axis], instrument_name(name)) for centre, name in pair if centre is not None)
         return " ".join(f"{name} {side}" for (_, name), side in zip(ordered, sides, strict=False))
     return ""
