@@ -30,8 +30,9 @@ lint: setup-test ## Style, types, import rules, package.xml
 	ruff check . && ruff format --check . && mypy && lint-imports --no-logo && \
 	python scripts/check_package_xml.py package.xml surg_perception_msgs/package.xml
 
+# One OpenMP thread: the networks of tests are tiny, and threads that wait for each other on busy cores double the time.
 test: setup-test lint ## All checks and tests
-	@$(IN_ENVIRONMENT) ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST python -m pytest $(PYTEST_ARGS)
+	@$(IN_ENVIRONMENT) ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
 
 bench: setup-test ## Timings of the models, the pipeline and the answers: tables, and JSON in out/
 	@$(IN_ENVIRONMENT) python benchmarks/bench_models.py

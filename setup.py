@@ -22,7 +22,7 @@ def share(folder: str) -> list[tuple[str, list[str]]]:
 setup(
     name=NAME,
     version="0.1.0",
-    description="Surgical phase and next-frame latent features from an endoscope's image topic, for ROS 2",
+    description="Surgical phase, latent features and answers to questions from an endoscope's images, for ROS 2",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=[NAME, f"{NAME}.*"]),

@@ -93,8 +93,9 @@ def in_process(assistant: Assistant) -> dict[str, Any]:
 
 
 def live(seconds: float, model: str) -> dict[str, Any]:
-    """Phase latency with and without a question in flight, and answers as a client sees them."""
+    """Phase latency with and without a question in flight, answers as a client sees them, memory of the node."""
     import rclpy
+    from diagnostic_msgs.msg import DiagnosticArray
     from rclpy.executors import SingleThreadedExecutor
     from rclpy.qos import QoSProfile
     from surg_perception_msgs.msg import QuestionError, SurgicalPhase
@@ -132,6 +133,13 @@ def live(seconds: float, model: str) -> dict[str, Any]:
     node.create_subscription(
         SurgicalPhase, "phase/phase", lambda m: phases.append((time.monotonic(), m)), QoSProfile(depth=1000)
     )
+    memory_mib: list[float] = []
+
+    def note_memory(message: DiagnosticArray) -> None:
+        of_vqa = [status for status in message.status if status.hardware_id == "/surg_perception/vqa"]
+        memory_mib.extend(float(v.value) for status in of_vqa for v in status.values if v.key == "memory_mib")
+
+    node.create_subscription(DiagnosticArray, "/diagnostics", note_memory, 10)
     client = node.create_client(Ask, "ask")
     executor = SingleThreadedExecutor()
     executor.add_node(node)
@@ -140,7 +148,10 @@ def live(seconds: float, model: str) -> dict[str, Any]:
 
     def ask(question: str) -> Any:
         future = client.call_async(Ask.Request(question=question, window_s=16.0))
+        end_s = time.monotonic() + 60.0
         while not future.done():
+            if time.monotonic() > end_s:
+                raise RuntimeError("vqa gave no answer within 60 s: run the launch command by hand to see why")
             time.sleep(0.005)
         return future.result()
 
@@ -174,6 +185,7 @@ def live(seconds: float, model: str) -> dict[str, Any]:
         "errors": sum(reply.error_code != QuestionError.NONE for reply in replies),
         "first_token_ms_p50": round(float(np.median([reply.first_token_ms for reply in replies])), 1),
         "whole_answer_ms_p50": round(float(np.median([reply.total_ms for reply in replies])), 1),
+        "vqa_memory_mib_most": max(memory_mib, default=None),
     }
     for name, values in (("answering", during), ("idle", without)):
         result[f"phase_images_{name}"] = len(values)

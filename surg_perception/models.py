@@ -36,7 +36,7 @@ class ModelError(ValueError):
 
 
 class OtherModel(ModelError):
-    """A SurgLLM where a phase model was expected (`surgllm.model_folder.find_surgllm` opens it)."""
+    """A SurgLLM where a phase model was expected (`surgllm.model_folder.find_surgllm` opens it), or the other way."""
 
 
 @dataclass(frozen=True)

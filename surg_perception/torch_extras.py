@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that imports timm and transformers.
+"""The one place that imports timm and transformers first; their submodules may be imported afterwards.
 
 Both import torchvision, and package indexes often hold only CUDA builds of torchvision. Beside a CPU build
 of PyTorch such a build finds no compiled operators, and its import fails with "operator torchvision::nms

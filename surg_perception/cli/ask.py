@@ -14,7 +14,7 @@ def add_parser(verbs: Any) -> None:
         "ask",
         help="ask a running pipeline about the last seconds of its image",
         description="Asks the node vqa of a running pipeline. Ctrl-C cancels the answer. Exit status 0: answered, "
-        "1: answered with an error code, 2: no such node, 130: canceled.",
+        "1: answered with an error code, 2: no such node, or no answer within --timeout, 130: canceled.",
     )
     entry.add_argument("question", help='such as "What is the hook doing?"')
     entry.add_argument("--task", default="", help="one of the model's tasks (default: the node picks)")

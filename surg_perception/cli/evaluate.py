@@ -66,6 +66,9 @@ def _add_surgllm(actions: Any) -> None:
     )
     surgllm.add_argument("--videos", nargs="+", metavar="NAME", help="only these, as VID79 or 79 (default: all)")
     surgllm.add_argument(
+        "--stills", action="store_true", help="also frames without neighbours in time, each as a still"
+    )
+    surgllm.add_argument(
         "--train",
         metavar="PATH",
         help="data set or questions (JSON) that majority answers are chosen from, without the evaluated videos "
@@ -117,8 +120,7 @@ def _surgllm(options: argparse.Namespace) -> int:
     from surg_perception.surgllm.questions import make_samples, read_samples
     from surg_perception.surgllm.report import summary_table, write_report
 
-    assistant = Assistant.load(options.model, threads=options.threads)
-    every = clips = open_clip_videos(options.data)
+    every = clips = open_clip_videos(options.data, stills=options.stills)
     if options.videos:
         groups = list(dict.fromkeys(clip.video for clip in every))
         chosen = {match_video(name, groups, options.data) for name in options.videos}
@@ -134,10 +136,12 @@ def _surgllm(options: argparse.Namespace) -> int:
     elif Path(options.train).is_file() and Path(options.train).suffix == ".json":
         train = read_samples(options.train)
     else:
-        others = [clip for clip in open_clip_videos(options.train) if clip.video not in evaluated]
+        others = open_clip_videos(options.train, stills=options.stills)
+        others = [clip for clip in others if clip.video not in evaluated]
         if not others:
             raise ValueError(f"--train {options.train} has no video beside the evaluated ones, expected others")
         train = make_samples(others, options.seed, options.per_task)
+    assistant = Assistant.load(options.model, threads=options.threads)
     columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console()
     with Progress(*columns, console=console, transient=True) as bar:

@@ -87,7 +87,8 @@ def _models_fetch(options: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
-        prog="surg-perception", description="Surgical phase and next-frame latent features for ROS 2."
+        prog="surg-perception",
+        description="Surgical phase, next-frame latent features and answers to questions for ROS 2.",
     )
     top.add_argument("--version", action="version", version=f"surg_perception {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -135,8 +136,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Entry point. Exit status 0: done, 1: the run failed, 2: the input cannot be used."""
-    options = parser().parse_args()
     try:
+        options = parser().parse_args()
         status = options.run(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"surg-perception: {error}", file=sys.stderr)

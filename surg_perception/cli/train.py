@@ -323,7 +323,7 @@ _SURGLLM_STAGES = (
 def _add_surgllm(actions: Any) -> None:
     surgllm = actions.add_parser(
         "surgllm",
-        help="train SurgLLM through all its stages: reconstruct, align, tune, an adapter a task",
+        help="train SurgLLM through all its stages: reconstruct, ground, align, warm up, tune, an adapter a task",
         description="Train SurgLLM (arXiv 2509.00357) from labelled video to a model folder that the node vqa runs. "
         "Questions and captions are made by rule from the labels (docs/questions.md). Each stage resumes.",
     )
@@ -376,8 +376,7 @@ def _surgllm(options: argparse.Namespace) -> int:
     from surg_perception.surgllm.training import SurgLLMOptions, train_surgllm
 
     if options.config not in CONFIGS:
-        print(f"surg-perception: --config {options.config!r}, expected one of {', '.join(CONFIGS)}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--config {options.config!r} found, expected one of {', '.join(CONFIGS)}")
     config = CONFIGS[options.config]
     if options.language_model:
         config = replace(config, language_model=str(options.language_model.resolve()))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class ClipVideo:
         return hashlib.sha256(f"{self.reader.fingerprint()}\n{self.indices}".encode()).hexdigest()[:24]
 
 
-def open_clip_videos(path: str | Path, *, stills: bool = False) -> list[ClipVideo]:
+def open_clip_videos(path: str | Path, *, stills: bool = False, labelled: bool = True) -> list[ClipVideo]:
     """Open a data set as clips at one frame a second.
 
     Second i shows the newest frame at or before i, at most OLDEST_S old; a longer gap begins a new clip. Where frames
@@ -136,8 +136,9 @@ def open_clip_videos(path: str | Path, *, stills: bool = False) -> list[ClipVide
             "phantom:seeds=1000-1009,duration_s=120". The phantom's labels are kept in the user's cache.
         stills: give the frames of clips shorter than STILL_S seconds as stills, in one clip "<video>+stills" per video
             in place of those clips.
+        labelled: refuse a data set of which nothing is labelled.
 
-    Raises DatasetError where the data set or its labels cannot be used, or where it has no labels at all.
+    Raises DatasetError where the data set or its labels cannot be used.
     """
     dataset = open_dataset(path)
     files = {}
@@ -147,7 +148,8 @@ def open_clip_videos(path: str | Path, *, stills: bool = False) -> list[ClipVide
     for video in dataset.videos:
         labels, vocabulary = _labels_of(dataset, video, files.get(video.name))
         clips += _clips(video, labels, vocabulary, stills)
-    if not any(second.phase or second.instruments is not None for clip in clips for second in clip.seconds):
+    known = any(second.phase or second.instruments is not None for clip in clips for second in clip.seconds)
+    if labelled and not known:
         raise DatasetError(f"{path}: no phase and no instrument is labelled; questions need labels (docs/questions.md)")
     return clips
 
@@ -298,13 +300,14 @@ def _store(file: Path, labels: Sequence[SecondLabels]) -> None:
     rows = [
         [second.phase, [[i.instrument, i.verb, i.target, i.box] for i in second.instruments or ()]] for second in labels
     ]
+    partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
-            json.dump(rows, partial)
-        os.replace(partial.name, file)
+        partial.write_text(json.dumps(rows), encoding="utf-8")
+        os.replace(partial, file)
     except OSError:
-        return
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _stored(file: Path, count: int) -> list[SecondLabels] | None:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import rclpy
@@ -45,28 +45,29 @@ def ask(
     Raises:
         TimeoutError: no such action, or no answer in time.
     """
-    context = rclpy.Context()
-    # Ctrl-C must reach the node as a cancel; rclpy's own handler would take the connection down first.
-    rclpy.init(context=context, signal_handler_options=SignalHandlerOptions.NO)
-    node = rclpy.create_node(f"ask_{os.getpid()}", namespace=namespace, context=context)
-    executor = SingleThreadedExecutor(context=context)
-    executor.add_node(node)
-    client = ActionClient(node, Answer, "answer")
-    try:
+    with _counted_interrupts() as interrupts, ExitStack() as undo:
+        context = rclpy.Context()
+        # Ctrl-C must reach the node as a cancel; rclpy's own handler would take the connection down first.
+        rclpy.init(context=context, signal_handler_options=SignalHandlerOptions.NO)
+        undo.callback(rclpy.shutdown, context=context)
+        node = rclpy.create_node(f"ask_{os.getpid()}", namespace=namespace, context=context)
+        undo.callback(node.destroy_node)
+        client = ActionClient(node, Answer, "answer")
+        undo.callback(client.destroy)
+        executor = SingleThreadedExecutor(context=context)
+        undo.callback(executor.shutdown, timeout_sec=1.0)
+        executor.add_node(node)
         goal = Answer.Goal(question=question, task=task, window_s=window_s)
-        with _counted_interrupts() as interrupts:
-            name = node.resolve_service_name("answer")
-            return _Asking(client, name, executor, goal, on_text, interrupts).run(timeout_s)
-    finally:
-        executor.shutdown(timeout_sec=1.0)
-        client.destroy()
-        node.destroy_node()
-        rclpy.shutdown(context=context)
+        name = node.resolve_service_name("answer")
+        return _Asking(client, name, executor, goal, on_text, interrupts).run(timeout_s)
 
 
 @contextmanager
 def _counted_interrupts() -> Iterator[list[int]]:
-    """A list that grows with each Ctrl-C, in place of a KeyboardInterrupt somewhere inside rclpy; the second raises."""
+    """A list that grows with each Ctrl-C; from the second on they raise as usual.
+
+    A KeyboardInterrupt can hit rclpy where it is lost (a callback from C++) or leaves a task half done.
+    """
     interrupts: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -118,17 +119,17 @@ class _Asking:
         raise TimeoutError(f"{self._name} gave no answer within {timeout_s:g} s: the question was canceled")
 
     def _find_server(self, end_s: float) -> None:
-        while not self._client.server_is_ready():
+        while not self._interrupts and not self._client.server_is_ready():
             if time.monotonic() > end_s:
                 raise TimeoutError(
                     f"there is no action {self._name} in ROS domain {os.environ.get('ROS_DOMAIN_ID', '0')}: start the "
                     "node with `ros2 launch surg_perception pipeline.launch.py` (vqa:=true), or name its --namespace"
                 )
-            if self._interrupts:
-                raise KeyboardInterrupt
             self._executor.spin_once(timeout_sec=0.1)
         # The node discovers this client a moment after it was discovered; a response sent before that is lost.
         self._spin(Future(), time.monotonic() + SETTLE_S)
+        if self._interrupts:
+            raise KeyboardInterrupt
 
     def _cancel(self, sent: Future, answered: Future | None) -> Answer.Result | None:
         """Cancel the goal; its result, if it still comes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -308,12 +308,13 @@ def plot_questions(
     FigureCanvasAgg(fig)
     fig.set_facecolor("white")
     top_in = 0.0
+
+    def write(x: float, y_in: float, text: str, **style: Any) -> None:
+        fig.text(x, 1 - (top_in + y_in) / height_in, text, va="center", **style)
+
     for row, strip, picture_in in zip(rows, strips, pictures_in, strict=True):
         colour = {True: "#1a7f37", False: "#cf222e", None: "#57606a"}[row["right"]]
         mark = {True: "✓ ", False: "✗ ", None: ""}[row["right"]]
-        write: Callable[..., Any] = lambda x, y_in, text, at=top_in, **style: fig.text(  # noqa: E731
-            x, 1 - (at + y_in) / height_in, text, va="center", **style
-        )
         write(0.008, 0.32, row["question"], fontsize=17, fontweight="bold", color="#24292f")
         facts = f"asked at {row['asked_s']:.1f} s · {row['task'] or 'no task'} · {row['total_ms']:.0f} ms"
         write(0.992, 0.32, facts, fontsize=12, color="#57606a", ha="right")

@@ -182,6 +182,8 @@ def main() -> None:
     parser.add_argument("--ask", metavar="SOURCE", help="ask the demo's questions; the source is 'phantom' or a file")
     parser.add_argument("--phantom-duration-s", type=float, default=120.0, help="length of the phantom's procedure")
     options = parser.parse_args(remove_ros_args(sys.argv)[1:])
+    if options.ask and not options.out:
+        parser.error("--ask needs --out, where questions.json and questions.png go")
 
     rclpy.init(args=sys.argv)
     monitor = Monitor()
@@ -222,7 +224,7 @@ def main() -> None:
     result = summary(record)
     files = save(record, result, options.out) if options.out else []
     shown = None
-    if asking is not None and options.out and record.stamp_ns:
+    if asking is not None and record.stamp_ns:
         shown, more = asking.finish(options.out)
         files += more
     console.print(table(result, files))

@@ -271,7 +271,8 @@ class QuestionWorker:
             with self._changed:
                 self._current = None
         elif buffer is not None:
-            while not self._waiting and self._encode_next(buffer):
+            # A pause in the meantime takes the buffer away.
+            while not self._waiting and self._buffer is buffer and self._encode_next(buffer):
                 pass
         return True
 

@@ -188,24 +188,22 @@ class VqaNode(PerceptionNode):
     # The executor's thread: questions -------------------------------------------------------------------------------
 
     async def _ask(self, request: Ask.Request, response: Ask.Response) -> Ask.Response:
-        question = self._open(request)
-        await question.done
-        return _fill(response, question.outcome)
+        return _fill(response, await self._outcome_of(self._open(request)))
 
     async def _answer(self, goal: Any) -> Answer.Result:
         key = bytes(goal.goal_id.uuid)
         question = self._goals[key] = self._open(goal.request, lambda text: self._send_text(goal, text))
         if goal.is_cancel_requested:
             question.end(QuestionError.CANCELED, "canceled by the client")
-        await question.done
+        outcome = await self._outcome_of(question)
         del self._goals[key]
-        if question.outcome.error_code == QuestionError.NONE:
+        if outcome.error_code == QuestionError.NONE:
             goal.succeed()
         elif goal.is_cancel_requested:
             goal.canceled()
         else:
             goal.abort()
-        return _fill(Answer.Result(), question.outcome)
+        return _fill(Answer.Result(), outcome)
 
     def _send_text(self, goal: Any, text: str) -> None:
         if self.context.ok():
@@ -230,8 +228,16 @@ class VqaNode(PerceptionNode):
                 )
         except _Refused as refusal:
             question.end(refusal.error_code, str(refusal))
-        question.done.add_done_callback(lambda done: self._note(question.outcome))
         return question
+
+    async def _outcome_of(self, question: Question) -> Outcome:
+        """Wait for its end and count it: here and not where it ends, so that one thread alone counts."""
+        await question.done
+        outcome = question.outcome
+        self._outcomes[CODE_NAMES[outcome.error_code]] += 1
+        if outcome.error_code == QuestionError.NONE:
+            self._last_answer = outcome
+        return outcome
 
     def _check(self, question: Question, request: Any) -> None:
         """Refuse what cannot be answered before it costs anything; else give the question its span."""
@@ -282,11 +288,6 @@ class VqaNode(PerceptionNode):
             return f"the last one was refused: {self._refused_because}"
         transport = "" if self.values["input.transport"] == "raw" else "/compressed"
         return self.describe_publishers(f"image{transport}")
-
-    def _note(self, outcome: Outcome) -> None:
-        self._outcomes[CODE_NAMES[outcome.error_code]] += 1
-        if outcome.error_code == QuestionError.NONE:
-            self._last_answer = outcome
 
     def _wake(self) -> None:
         # Whoever awaits the question does so in the executor, which must notice.

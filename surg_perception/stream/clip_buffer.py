@@ -293,7 +293,8 @@ class ClipBuffer(Generic[F]):
 
 
 def _outside(start_ns: int, end_ns: int, held: Sequence[_Sample[Any]]) -> WindowOutside:
-    asked, first, last = (f"{stamp_ns * 1e-9:.3f}" for stamp_ns in (end_ns, held[0].stamp_ns, held[-1].stamp_ns))
+    span = (start_ns, end_ns, held[0].stamp_ns, held[-1].stamp_ns)
+    start, end, first, last = (f"{stamp_ns * 1e-9:.3f}" for stamp_ns in span)
     return WindowOutside(
-        f"no frame is stamped {start_ns * 1e-9:.3f} to {asked}: the buffer holds {len(held)}, stamped {first} to {last}"
+        f"no frame is stamped {start} to {end}: the buffer holds {len(held)}, stamped {first} to {last}"
     )

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from surg_perception.models import ModelError
-from surg_perception.surgllm.language_model import JOINT, fast_dtype
-from surg_perception.surgllm.model import SurgLLM
+from surg_perception.surgllm.config import JOINT
+from surg_perception.surgllm.language_model import fast_dtype
+from surg_perception.surgllm.model import Generated, SurgLLM
 from surg_perception.surgllm.model_folder import SurgLLMCard, find_surgllm, load_weights
 from surg_perception.surgllm.prompt import Prompted, Prompter
 from surg_perception.surgllm.question_check import OUT_OF_SCOPE, QuestionRefused, check_question
@@ -89,7 +89,7 @@ class Assistant:
         """
         card = find_surgllm(model)
         stored, adapters = load_weights(card)
-        dtype = torch.float32 if card.config.language_model == "tiny" else fast_dtype()
+        dtype = torch.float32 if card.config.language_model == "tiny" else fast_dtype("cpu")
         try:
             surgllm = SurgLLM(card.config, dtype)
             surgllm.load_stored_weights(stored)
@@ -246,7 +246,7 @@ class Assistant:
         adapter: str,
         on_token: Callable[[list[int]], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
-    ) -> list[Any]:
+    ) -> list[Generated]:
         windows = [_newest(window, self.max_segments) for window in windows]
         if adapter not in self._adapters:
             raise ValueError(f"adapter {adapter!r} found, expected one of {', '.join(self._adapters)}")

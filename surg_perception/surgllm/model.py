@@ -252,6 +252,7 @@ class SurgLLM(nn.Module):
             max_new_tokens=self.config.answer_tokens,
             do_sample=False,
             num_beams=1,
+            repetition_penalty=1.0,
             pad_token_id=ends[0],
             eos_token_id=ends,
             stopping_criteria=transformers.StoppingCriteriaList([watch]),

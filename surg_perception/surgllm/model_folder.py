@@ -9,6 +9,7 @@ router.safetensors, router.json
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from surg_perception.models import CARD_NAME, SURGLLM, ModelError, ModelFile, search_folders, sha256_of
-from surg_perception.surgllm.config import SurgLLMConfig
+from surg_perception.models import (
+    CARD_NAME,
+    SURGLLM,
+    ModelError,
+    ModelFile,
+    OtherModel,
+    search_folders,
+    sha256_of,
+)
+from surg_perception.surgllm.config import JOINT, SurgLLMConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +49,7 @@ _TYPES: dict[str, Any] = {
 }
 _EXPECTED: dict[Any, str] = {str: "text (in quotes if it looks like a number)", dict: "a mapping", list: "a list"}
 _FILES = ("weights", "adapters", "router_json", "router_safetensors")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,14 +138,16 @@ def find_surgllm(name_or_path: str | Path) -> SurgLLMCard:
 
 
 def list_surgllm() -> list[SurgLLMCard]:
-    """The SurgLLMs that are found by name."""
+    """The SurgLLMs that are found by name; unreadable cards are logged and left out."""
     cards: dict[str, SurgLLMCard] = {}
     for folder in search_folders():
         for path in sorted(folder.glob(f"*/{CARD_NAME}")):
             try:
                 cards.setdefault(path.parent.name, read_surgllm_card(path.parent))
-            except ModelError:
+            except OtherModel:
                 continue
+            except ModelError as error:
+                _logger.warning("%s", error)
     return list(cards.values())
 
 
@@ -143,7 +155,8 @@ def read_surgllm_card(folder: str | Path) -> SurgLLMCard:
     """The card of a SurgLLM folder; its files are not looked at.
 
     Raises:
-        ModelError: no card, not YAML, of another architecture, or a key that is missing or wrong.
+        OtherModel: a card of another architecture.
+        ModelError: no card, not YAML, or a key that is missing or wrong.
     """
     folder = Path(folder)
     path = folder / CARD_NAME
@@ -152,7 +165,7 @@ def read_surgllm_card(folder: str | Path) -> SurgLLMCard:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ModelError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, Mapping) or content.get("architecture") != SURGLLM:
-        raise ModelError(f"{path} is not the card of a SurgLLM (architecture: {SURGLLM})")
+        raise OtherModel(f"{path} is not the card of a SurgLLM (architecture: {SURGLLM})")
     if missing := [key for key in _TYPES if key not in content]:
         raise ModelError(f"{path}: {', '.join(missing)} missing")
     for key, kind in _TYPES.items():
@@ -182,7 +195,7 @@ def save_surgllm(
 
     Args:
         model: its encoder, Q-Former and projection are stored.
-        adapters: `LanguageModel.adapter_weights` by adapter, "joint" among them.
+        adapters: `LanguageModel.adapter_weights` by adapter, JOINT among them.
         router: over the tasks' names.
         card: `files` and `tasks` are filled in.
     """
@@ -205,7 +218,7 @@ def save_surgllm(
     files |= {path.name.replace(".", "_"): path.name for path in sorted(folder.glob("router.*"))}
     card = replace(
         card,
-        tasks=tuple(name for name in adapters if name != "joint"),
+        tasks=tuple(name for name in adapters if name != JOINT),
         files={kind: ModelFile.of(folder / name) for kind, name in files.items()},
     )
     (folder / CARD_NAME).write_text(card.to_yaml(), "utf-8")
@@ -231,14 +244,17 @@ def load_weights(card: SurgLLMCard) -> tuple[dict[str, Tensor], dict[str, dict[s
     for key, value in matrices.items():
         name, _, matrix = key.partition("/")
         adapters.setdefault(name, {})[matrix] = value.float()
-    if set(adapters) != {"joint", *card.tasks}:
+    if set(adapters) != {JOINT, *card.tasks}:
         raise ModelError(
-            f"{card.folder}: adapters {', '.join(sorted(adapters)) or 'none'} found, expected joint and one for each "
+            f"{card.folder}: adapters {', '.join(sorted(adapters)) or 'none'} found, expected {JOINT} and one for each "
             f"task of the card: {', '.join(card.tasks)}"
         )
     return stored, adapters
 
 
 def licence_of(sources: Sequence[str]) -> str:
-    """Licence that a model trained on these sources carries: that of CholecT50 and Cholec80 frames, else ours."""
+    """Licence that a model trained on these sources carries: ours for the phantom alone.
+
+    All else carries that of CholecT50's and Cholec80's frames; for other data the caller says which.
+    """
     return "Apache-2.0" if all(source.startswith("phantom:") for source in sources) else "CC BY-NC-SA 4.0"

@@ -584,23 +584,48 @@ def segment_answer(sample: Sample, clip: ClipVideo, start_s: int, end_s: int) ->
     A segment of a longer window knows a part only: of a temporal question the seconds in which its subject is there
     ("4 to 6", counted as the window's), of a change of phase the phases, of a caption the words that carry it. All
     other questions are about the window's end, so that the segment there has the answer and the others nothing, which
-    is None, as is what cannot be told (others' temporal questions, unlabelled seconds).
+    is None, as is what cannot be told (others' temporal questions, unlabelled seconds). Behind an answer that is a
+    conclusion follows what is seen, from which it can be drawn: "no hook left grasper right".
     """
     seconds = _visible(clip.seconds[start_s:end_s])
     if sample.kind == "open":
         return _keywords(seconds, places=sample.end_s - sample.start_s <= SHORT_S)
     if sample.type == "phase_change":
         return _phase_course(seconds) or None
-    if sample.type == "phase_starts":
+    if sample.subject and sample.type == "phase_starts":
         there = [second.phase == sample.subject for second in seconds]
-    elif sample.type in ("appears", "disappears", "visible"):
+    elif sample.subject and sample.type in ("appears", "disappears", "visible"):
         there = [any(state.instrument == sample.subject for state in second.instruments or ()) for second in seconds]
     elif sample.end_s == end_s and (sample.task != "temporal" or sample.start_s == start_s):
-        return sample.answer
+        return " ".join(filter(None, (sample.answer, _evidence(sample, seconds))))
     else:
         return None
     found = [start_s - sample.start_s + i for i, is_there in enumerate(there) if is_there]
     return f"{found[0]} to {found[-1]}" if found else NOT_VISIBLE
+
+
+def _evidence(sample: Sample, seconds: Sequence[SecondLabels]) -> str:
+    """What is seen at the end of these seconds, where a sample's answer follows from it and does not say it."""
+    last = seconds[-1]
+    states = last.instruments or ()
+    one = _unambiguous(states)
+    named = sample.subject.split()
+    if sample.type == "phase_is" and last.phase is not None:
+        return phase_name(last.phase)
+    if sample.type in ("presence", "count", "count_kinds"):
+        return join_names([instrument_name(kind) for kind in sorted({s.instrument for s in states}, key=_order)])
+    if sample.type == "moves":
+        moves = {fact.subject: fact.answer for fact in _movement_facts(seconds[-SHORT_S:]) if fact.type == "move"}
+        return moves.get(sample.subject, "")
+    if sample.type == "acts" and named:
+        state = one.get(named[0])
+        return (_act(state, "ing") or "nothing") if state is not None else ""
+    if sample.type in ("beside", "above", "which_beside", "which_above") and len(named) == 3:
+        axis, sides = (0, ("left", "right")) if sample.type.endswith("beside") else (1, ("above", "below"))
+        pair = [(one[name].centre, name) for name in (named[0], named[2]) if name in one]
+        ordered = sorted((centre[axis], instrument_name(name)) for centre, name in pair if centre is not None)
+        return " ".join(f"{name} {side}" for (_, name), side in zip(ordered, sides, strict=False))
+    return ""
 
 
 def _windows(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surg_perception.gsvit.trainer import Task, TrainSettings, fit
-from surg_perception.surgllm.encoder import VideoEncoder
+from surg_perception.surgllm.encoder import GREY, VideoEncoder
 from surg_perception.surgllm.masking import (
     GROUP_LENGTHS,
     crop_boxes,
@@ -53,7 +53,6 @@ RECONSTRUCTION = TrainSettings(
 
 _WHOLE = (0.0, 0.0, 1.0, 1.0)
 _FLAT = 1e-6  # of 0..1: added to a patch's standard deviation
-_GREY = 128
 
 
 @dataclass(frozen=True)
@@ -371,7 +370,7 @@ def reconstruction_picture(
     restored = (module(images, hidden) * deviation + mean).clamp(0.0, 1.0) * 255.0
     tokens = _tokens(images, hidden.shape[1], tubelet)
     seen, whole = tokens.clone(), tokens.clone()
-    seen[hidden] = _GREY
+    seen[hidden] = GREY
     whole[hidden] = restored.round().to(torch.uint8).flatten(0, 1)
     rows = [frames, *(_frames(part, images.shape, tubelet).cpu().numpy() for part in (seen, whole))]
 
@@ -403,7 +402,6 @@ def reconstruct_pretrain(
     options: ReconstructionOptions = ReconstructionOptions(),
     settings: TrainSettings = RECONSTRUCTION,
     *,
-    facts: Mapping[str, Any] | None = None,
     resume: bool = True,
     console: Console | None = None,
 ) -> tuple[MaskedReconstruction, dict[str, float]]:
@@ -411,7 +409,7 @@ def reconstruct_pretrain(
 
     Args:
         encoder: trained in place; its weights (and a frozen stem's) are the caller's to set.
-        training, validation, frames, options, facts: as `ReconstructionTask`.
+        training, validation, frames, options: as `ReconstructionTask`.
         folder: of the training (`gsvit.trainer`), with a picture of held-back clips at each validation.
         settings, resume, console: as `fit`.
 
@@ -425,9 +423,7 @@ def reconstruct_pretrain(
     """
     torch.manual_seed(settings.seed)  # the decoder's weights
     names = {"training_videos": [v.name for v in training], "held_back": [v.name for v in validation]}
-    task = ReconstructionTask(
-        encoder, training, validation, frames, options, settings.epochs, {**names, **(facts or {})}
-    )
+    task = ReconstructionTask(encoder, training, validation, frames, options, settings.epochs, names)
     trained = fit(task, settings, folder, resume=resume, console=console)
     assert isinstance(trained, MaskedReconstruction)
     return trained, task.measure(trained) if task.measured else {}

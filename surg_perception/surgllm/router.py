@@ -2,9 +2,9 @@
 """Which task a question is about: logistic regression on the question's sentence vector, with two ways out.
 
 Under a threshold of probability no task is picked, and the joint adapter answers; and a question that is like those
-which are not to be answered is marked. Probability and threshold come from
-questions kept back in whole groups of similar wording: with single sentences kept back, the other fillings of the same
-template would stay in, and everything would look certain.
+which are not to be answered is marked. Probability and threshold come from questions kept back in whole groups of
+similar wording: with single sentences kept back, the other fillings of the same template would stay in, and everything
+would look certain.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from surg_perception.surgllm.scope_probe import ScopeProbe, held_out
 
 WEIGHTS_NAME = "router.safetensors"
 FACTS_NAME = "router.json"
-JOINT = ""
+NO_TASK = ""
 """The task of a `Route` where the joint adapter is to answer."""
 
 MOST_QUESTIONS = 300
@@ -53,10 +53,10 @@ class Route:
     """Where a question goes.
 
     Attributes:
-        task: the task's name, or `JOINT` where the probability is below the threshold.
+        task: the task's name, or `NO_TASK` where the probability is below the threshold.
         probability: of the best task, 0..1.
         best: the best task, also where it is not taken.
-        declined: the question is like those that are not to be answered; then the task is `JOINT`.
+        declined: the question is like those that are not to be answered; then the task is `NO_TASK`.
     """
 
     task: str
@@ -147,7 +147,7 @@ class Router:
         """
         kept = {task: _some_distinct(asked) for task, asked in questions.items()}
         few = [task for task, asked in kept.items() if len(asked) < 2]
-        if len(kept) < 2 or few or JOINT in kept:
+        if len(kept) < 2 or few or NO_TASK in kept:
             raise RouterError(
                 "A router needs two tasks or more, each with a name and two distinct questions; "
                 f"got {', '.join(map(repr, kept)) or 'none'}"
@@ -199,7 +199,7 @@ class Router:
         routes = []
         for row, declined in zip(probabilities, self.scope.margins(vectors) > 0, strict=True):
             best, probability = self.tasks[int(row.argmax())], float(row.max())
-            task = best if probability >= self.threshold and not declined else JOINT
+            task = best if probability >= self.threshold and not declined else NO_TASK
             routes.append(Route(task, probability, best, bool(declined)))
         return routes
 
@@ -215,7 +215,7 @@ class Router:
         routes = self.route_all([question for question, _ in pairs])
         count = len(self.tasks)
         confusion = np.zeros((count, count + 2), np.int64)
-        column = {**{task: k for k, task in enumerate(self.tasks)}, JOINT: count}
+        column = {**{task: k for k, task in enumerate(self.tasks)}, NO_TASK: count}
         for (_, task), route in zip(pairs, routes, strict=True):
             confusion[column[task], count + 1 if route.declined else column[route.task]] += 1
         routed = int(confusion[:, :count].sum())

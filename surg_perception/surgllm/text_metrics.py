@@ -49,7 +49,8 @@ class CaptionScores:
 class CaptionScorer:
     """A context in which captions can be scored; METEOR's Java program runs in it (10 to 20 s to start, 1.4 GB).
 
-    Raises ModuleNotFoundError on entry where the packages are missing, and RuntimeError where Java does not run.
+    Raises ModuleNotFoundError on entry where the packages are missing. `tokens` and `score` raise RuntimeError where a
+    Java program ends before its answer.
     """
 
     def __enter__(self) -> CaptionScorer:

@@ -143,7 +143,7 @@ def train_surgllm(
         raise ValueError(f"task {unknown[0]!r} found, expected some of {', '.join(TASKS)}; add others afterwards")
     prompter, sentences = Prompter(config), SentenceEncoder()  # whose files may be missing: before all that takes long
     base_models = _base_models(config)
-    videos = _clips(data, options.stills)
+    videos = _clips(data, options.stills, labelled=True)
     training, held_out = split_groups(videos, options.held_out) if options.held_out else (videos, [])
     samples = make_samples(training, seed, options.per_task)
     measured = make_samples(held_out, seed, options.validation_per_task) if held_out else []
@@ -274,7 +274,7 @@ def train_surgllm(
             "held_out": list(options.held_out),
             "seconds": sum(map(len, training)),
             "questions": {task: sum(s.task == task for s in samples) for task in TASKS},
-            "tuned_on": options.tune_questions or len(samples),
+            "tuned_on": len(samples[: options.tune_questions or None]),
             "seed": seed,
             "stages": {
                 stage: {"epochs": s.epochs, "batch": s.batch, "learning_rate": s.learning_rate}
@@ -330,7 +330,7 @@ def add_task(
     console = console or Console()
     adapters_that_fit([task])
     card = find_surgllm(model)
-    videos = _clips(data, stills)
+    videos = _clips(data, stills, labelled=False)  # the questions are there already
     samples = [replace(sample, task=task) for sample in read_samples(questions, task=task, videos=videos)]
     if len({sample.question for sample in samples}) < 2:
         raise SampleError(f"{questions}: fewer than two different questions found, from which the router cannot learn")
@@ -397,9 +397,9 @@ def open_surgllm(card: SurgLLMCard) -> SurgLLM:
     return model
 
 
-def _clips(data: Sequence[str], stills: bool) -> list[ClipVideo]:
+def _clips(data: Sequence[str], stills: bool, labelled: bool) -> list[ClipVideo]:
     """Clips of all data sets, each with a name of its own."""
-    videos = [video for path in data for video in open_clip_videos(path, stills=stills)]
+    videos = [video for path in data for video in open_clip_videos(path, stills=stills, labelled=labelled)]
     counts = Counter(video.name for video in videos)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise DatasetError(f"{len(twice)} clips are in the data twice, first {twice[0]}; expected each once")

@@ -26,6 +26,7 @@ from surg_perception.surgllm.questions import (
     make_samples,
     phase_name,
     read_samples,
+    segment_answer,
     short_caption,
     write_samples,
 )
@@ -402,6 +403,62 @@ def test_stills_are_asked_about_single_pictures():
     assert not {s.task for s in found} & {"movement", "temporal"}
     assert {"where", "presence", "who", "short"} <= {s.type for s in found}
     assert [(c.start_s, c.end_s) for c in make_captions([video], 0)] == [(0, 4), (4, 8), (8, 12), (12, 16)]
+
+
+def told(seconds, type_, *, start=0, end=None, window=None, **options):
+    """What the segment start … end of the clip says to each question of a type about the window, by subject."""
+    video = clip(seconds, **options)
+    window = window or (0, len(video))
+    view = questions._Window(video, window[0], questions._visible(video.seconds)[slice(*window)])
+    facts = questions._facts(view, questions._occurring([video])[video.video], random.Random(0))
+    samples = [questions._sample(view, fact, random.Random(0)) for fact in facts if fact.type == type_]
+    assert samples
+    return {s.subject: segment_answer(s, video, start, end or len(video)) for s in samples}
+
+
+def test_a_segment_tells_in_which_seconds_of_the_window_something_is_seen():
+    hook = [state("hook")]
+    seconds = [[], [], [], hook, hook, hook, [], [], [], [], [], []]
+    for type_ in ("appears", "disappears", "visible"):
+        assert told(seconds, type_, start=0, end=4)["hook"] == "3 to 3"
+        assert told(seconds, type_, start=4, end=8)["hook"] == "4 to 5"
+        assert told(seconds, type_, start=8, end=12)["hook"] == "it is not visible"
+    # Counted from the window's first second, not the clip's.
+    assert told(seconds, "visible", start=4, end=8, window=(2, 12))["hook"] == "2 to 3"
+    phases = [("Preparation", [])] * 6 + [("ClippingCutting", [])] * 6
+    assert told(phases, "phase_starts", start=4, end=8)["ClippingCutting"] == "6 to 7"
+    assert told(phases, "phase_change", start=4, end=8)[""] == "preparation and then clipping and cutting"
+    assert told(phases, "phase_change", start=8)[""] == "clipping and cutting"
+
+
+def test_a_segment_tells_a_captions_words():
+    grasp = state("grasper", 0.1, 0.5, "retract", "gallbladder")
+    assert told([[grasp]] * 4, "short")[""] == "preparation grasper left retracts gallbladder"
+    assert told([[grasp]] * 8, "long", start=4)[""] == "preparation grasper retracts gallbladder"
+    unknown = [[grasp]] * 12 + [None] * 2
+    assert told(unknown, "long", start=12, end=14)[""] is None
+
+
+def test_only_the_last_segment_tells_of_the_windows_end():
+    seconds = [[state("hook", 0.1)]] * 4 + [[state("hook", 0.9)]] * 4
+    assert told(seconds, "where", start=0, end=4) == {"hook": None}
+    assert told(seconds, "where", start=4) == {"hook": "right"}
+
+
+def test_behind_a_conclusion_stands_what_is_seen():
+    hook, grasper = state("hook", 0.3, 0.8, "dissect", "liver"), state("grasper", 0.6, 0.2)
+    seconds = [[hook, grasper]] * 4
+    assert {text.split(" ", 1)[1] for text in told(seconds, "beside").values()} == {"hook left grasper right"}
+    assert set(told(seconds, "which_above").values()) <= {
+        f"{name} grasper above hook below" for name in ("hook", "grasper")
+    }
+    acts = told([*seconds, [state("hook", 0.3, 0.8)]], "acts")
+    assert acts == {"hook dissect liver": "no nothing"}
+    assert told(seconds, "acts") == {"hook dissect liver": "yes dissecting the liver"}
+    assert told(seconds, "presence")["clipper"] == "no grasper and hook"
+    assert told(seconds, "count") == {"": "2 grasper and hook"}
+    assert told(seconds, "phase_is") == {"Preparation": "yes preparation"}
+    assert told(seconds, "moves")["hook"] == "no stays in place"
 
 
 def test_captions(videos):

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from surg_perception.surgllm.base_models import BaseModelMissing
 from surg_perception.surgllm.question_check import QuestionRefused, check_question
-from surg_perception.surgllm.router import JOINT, Router, RouterError
+from surg_perception.surgllm.router import NO_TASK, Router, RouterError
 from surg_perception.surgllm.sentence_encoder import MAX_TOKENS, SentenceEncoder
 from surg_perception.torch_extras import import_transformers
 
@@ -148,7 +148,7 @@ def test_below_the_threshold_the_joint_adapter_is_taken(router: Router, remember
     questions = {task: asked[:20] for task, asked in router.questions.items()}
     strict = Router.fit(questions, remembering, threshold=0.999999)
     route = strict.route("Hook?")
-    assert route.task == JOINT
+    assert route.task == NO_TASK
     assert route.best in strict.tasks
     assert route.probability < 0.999999
     scores = strict.scores([("Hook?", "location")])

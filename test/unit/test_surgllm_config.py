@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from surg_perception.surgllm.config import CONFIGS, EncoderConfig, QFormerConfig, SurgLLMConfig
-from surg_perception.surgllm.model import SurgLLM
+from surg_perception.surgllm.encoder import VideoEncoder
+from surg_perception.surgllm.model import QFormer, SurgLLM
+
+DOCS = Path(__file__).parents[2] / "docs" / "surgllm.md"
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +105,28 @@ def test_the_convolutional_stem_has_patches_of_its_stride() -> None:
 def test_small_uses_minilms_shape() -> None:
     small = CONFIGS["small"].qformer
     assert small == replace(QFormerConfig(), width=384, layers=3, mlp=1536, queries=16, start="all-minilm-l6-v2")
+
+
+def documented(row: str) -> dict[str, str]:
+    """A row of the table in docs/surgllm.md: name of the configuration to what its cell begins with."""
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in DOCS.read_text().splitlines()]
+    [cells] = [cells[1:] for cells in table if len(cells) == 4 and cells[0] == row]
+    return dict(zip(CONFIGS, (cell.split()[0].rstrip(",").replace(",", "") for cell in cells), strict=True))
+
+
+def test_the_docs_have_the_configurations_numbers() -> None:
+    numbers = {name: (c.encoder.tokens(4), c.qformer.queries, c.max_segments) for name, c in CONFIGS.items()}
+    rows = ("tokens of a segment of 4 frames", "visual tokens of a segment", "segments of a window, at most")
+    written = [documented(row) for row in rows]
+    assert {name: tuple(int(row[name]) for row in written) for name in CONFIGS} == numbers
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_docs_count_parameters_right(name: str, request: pytest.FixtureRequest) -> None:
+    config = CONFIGS[name]
+    if config.qformer.start:
+        request.getfixturevalue("sentence_model")
+    with torch.device("meta"):
+        encoder, qformer = VideoEncoder(config.encoder), QFormer(config.qformer, config.encoder.width)
+    assert count(encoder) == int(documented("**parameters**: encoder")[name])
+    assert count(qformer) == int(documented("Q-Former, with word embeddings")[name])

@@ -166,6 +166,21 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(tmp_path: Path) -> 
     assert third.asked == []
 
 
+def test_progress_counts_the_answers_of_the_conditions_asked_for(tmp_path: Path) -> None:
+    samples, calls = [ask(start, start + 4) for start in range(3)], []
+    evaluate(NumberReader(), samples, [clip("A")], out=tmp_path, conditions=["oracle"])
+    conditions = ["joint", "blank"]  # beside which the folder has those of "oracle"
+    evaluate(
+        NumberReader(),
+        samples,
+        [clip("A")],
+        out=tmp_path,
+        conditions=conditions,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert calls == [(i, 6) for i in range(1, 7)]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from surg_perception.surgllm.config import CONFIGS
-from surg_perception.surgllm.language_model import JOINT, LanguageModel, adapters_that_fit, load_tokenizer
+from surg_perception.surgllm.language_model import JOINT, LanguageModel, adapters_that_fit, fast_dtype, load_tokenizer
 from surg_perception.surgllm.model import SurgLLM, start_qformer
 from surg_perception.surgllm.prompt import Prompted, Prompter
 
@@ -160,6 +160,17 @@ def test_every_end_token_of_a_language_model_ends_an_answer(taught: Taught) -> N
     assert answer.complete
 
 
+def test_the_likeliest_token_is_taken_whatever_a_language_model_likes_better(taught: Taught) -> None:
+    """Folders of language models bring settings of their own, such as a penalty on the second "o" of "hook"."""
+    generation = taught.model.language_model.base.generation_config
+    generation.repetition_penalty = 100.0
+    try:
+        [answer] = taught.model.generate(*taught.asked([0]))
+    finally:
+        generation.repetition_penalty = None
+    assert taught.prompter.text(answer.ids) == "hook"
+
+
 def test_the_q_former_looks_for_what_is_asked(taught: Taught) -> None:
     batches = [taught.prompter.batch([Prompted(q, SPANS)]) for q in (QUESTION, "Where is it?")]
     one, other = (
@@ -234,6 +245,8 @@ def test_an_adapter_of_another_language_model_is_refused() -> None:
         {key.replace("layers.1", "layers.7"): value for key, value in good.items()},
         {key: value[:, :1] for key, value in good.items()},
         {key: value for key, value in good.items() if "lora_B" not in key},
+        {key: value for key, value in good.items() if "layers.1" not in key},
+        {key.replace("lora_", "other_"): value for key, value in good.items()},
     ):
         with pytest.raises(ValueError, match="an adapter does not fit the language model"):
             model.language_model.fuse(wrong)
@@ -270,6 +283,12 @@ def test_stored_weights_leave_the_language_model_out() -> None:
         other.load_stored_weights({key: value for key, value in stored.items() if key != "project.bias"})
     with pytest.raises(ValueError, match=r"first project\.bias"):
         other.load_stored_weights({**stored, "project.bias": torch.zeros(3)})
+
+
+def test_a_gpu_does_not_decide_for_a_model_that_stays_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert (fast_dtype(), fast_dtype("cpu")) == (torch.bfloat16, torch.float32)
 
 
 # ---- base models -------------------------------------------------------------------------------------------

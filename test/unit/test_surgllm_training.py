@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -224,6 +225,20 @@ def test_a_model_is_found_by_name_and_is_no_phase_model(tiny_surgllm: Path, monk
         find_model("tiny")
     with pytest.raises(ModelError, match=r"no SurgLLM 'huge': neither a model folder nor a name among .*tiny"):
         find_surgllm("huge")
+
+
+def test_a_card_that_is_wrong_is_left_out_of_the_list_and_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Beside ROS's `launch`, loggers do not pass records on to the root, where caplog listens.
+    monkeypatch.setattr(logging.getLogger(list_surgllm.__module__), "propagate", True)
+    monkeypatch.setenv("SURG_PERCEPTION_MODELS", str(tmp_path))
+    for name, text in (("half", "architecture: surgllm"), ("phases", "name: phases")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CARD_NAME).write_text(text)
+    assert not {"half", "phases"} & {card.folder.name for card in list_surgllm()}
+    assert f"{tmp_path / 'half' / CARD_NAME}: name, version" in caplog.text
+    assert "phases" not in caplog.text  # a model of another kind is no fault
 
 
 @pytest.mark.parametrize("name", FILES)
