@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not in the environment: `source setup.bash` first")
-pytest.importorskip("tritonclient.grpc", reason="no tritonclient here")
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
@@ -25,6 +25,11 @@ from triton_server import TritonServer
 from surg_perception.data.phantom import Phantom
 from surg_perception.models import find_model
 from surg_perception.runtime.model_repository import write_repository
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("grpc", "tritonclient")),
+    reason="tritonclient is not installed: make setup-test",
+)
 
 REMOTE = "triton:REMOTE:fp32"
 

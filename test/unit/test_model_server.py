@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -28,10 +29,13 @@ from surg_perception.runtime import BackendUnavailable, InferenceError, availabl
 from surg_perception.runtime.agreement import reference_frames
 from surg_perception.runtime.model_repository import ModelServer, repository_version, write_repository
 
-grpc = pytest.importorskip("grpc")
-pytest.importorskip("tritonclient.grpc", reason="no tritonclient here")
-from google.protobuf import text_format  # noqa: E402
-from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc  # noqa: E402
+if TYPE_CHECKING:
+    from impostor_server import Impostor
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("grpc", "tritonclient")),
+    reason="tritonclient is not installed: make setup-test",
+)
 
 TIMEOUT_S = 30.0
 """Of a server that is meant to answer, on a loaded machine too."""
@@ -61,6 +65,14 @@ def frames() -> NDArray[np.uint8]:
 # The repository -----------------------------------------------------------------------------------------------
 
 
+def read_config(path: Path) -> Any:
+    """A model's config.pbtxt as Triton's own `ModelConfig`."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+
+
 def test_the_version_is_the_graphs_sha256(card: ModelCard, newer: ModelCard) -> None:
     version = int(repository_version(card))
     assert sha256_of(card.graph_path).startswith(f"{version:012x}")
@@ -71,6 +83,8 @@ def test_the_version_is_the_graphs_sha256(card: ModelCard, newer: ModelCard) -> 
 
 
 def test_the_command_writes_a_repository(card: ModelCard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tritonclient.grpc import model_config_pb2
+
     options = parser().parse_args(
         ["export", "triton", str(card.folder), "--out", str(tmp_path / "repo"), "--instances", "2"]
     )
@@ -78,7 +92,7 @@ def test_the_command_writes_a_repository(card: ModelCard, tmp_path: Path, capsys
     version = tmp_path / "repo" / "small" / repository_version(card)
     assert str(version) in capsys.readouterr().out
     assert sha256_of(version / "model.onnx") == card.graph.sha256
-    config = text_format.Parse((version.parent / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    config = read_config(version.parent / "config.pbtxt")
     assert (config.name, config.backend, config.default_model_filename) == ("small", "onnxruntime", "model.onnx")
     assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [
         ("frame", model_config_pb2.TYPE_UINT8, [224, 224, 3])
@@ -128,7 +142,7 @@ def test_a_model_with_other_phases_cannot_stand_beside(card: ModelCard, network:
     with pytest.raises(ModelError, match="other phases or another latent"):
         write_repository(renamed, tmp_path / "repo")
     write_repository(without_head, tmp_path / "other")
-    config = text_format.Parse((tmp_path / "other/small/config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    config = read_config(tmp_path / "other/small/config.pbtxt")
     assert [output.name for output in config.output] == ["latent"]
 
 
@@ -401,55 +415,13 @@ def test_a_server_that_dies_restarts_and_changes(
 # Servers that answer what they should not ---------------------------------------------------------------------
 
 
-class Impostor(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Speaks the protocol and computes the small network; `metadata` and `answer` may spoil what it says."""
-
-    def __init__(self, network: SmallNetwork, version: str) -> None:
-        self.network, self.version = network, version
-        self.metadata: Callable[[Any], None] = lambda reply: None
-        self.answer: Callable[[Any], None] = lambda reply: None
-
-    def ModelMetadata(self, request: Any, context: Any) -> Any:
-        tensor = service_pb2.ModelMetadataResponse.TensorMetadata
-        reply = service_pb2.ModelMetadataResponse(
-            name=request.name,
-            versions=[self.version],
-            inputs=[tensor(name="frame", datatype="UINT8", shape=[-1, 224, 224, 3])],
-            outputs=[
-                tensor(name="probabilities", datatype="FP32", shape=[-1, CLASSES]),
-                tensor(name="latent", datatype="FP32", shape=[-1, CHANNELS, 4, 4]),
-            ],
-        )
-        self.metadata(reply)
-        return reply
-
-    def ModelInfer(self, request: Any, context: Any) -> Any:
-        frames = np.frombuffer(request.raw_input_contents[0], np.uint8).reshape(request.inputs[0].shape)
-        p, z = (values.astype(np.float32) for values in self.network(frames))
-        tensor = service_pb2.ModelInferResponse.InferOutputTensor
-        reply = service_pb2.ModelInferResponse(
-            model_name=request.model_name,
-            model_version=self.version,
-            id=request.id,
-            outputs=[
-                tensor(name="probabilities", datatype="FP32", shape=p.shape),
-                tensor(name="latent", datatype="FP32", shape=z.shape),
-            ],
-            raw_output_contents=[p.tobytes(), z.tobytes()],
-        )
-        self.answer(reply)
-        return reply
-
-
 @pytest.fixture
 def impostor(card: ModelCard, network: SmallNetwork) -> Iterator[tuple[Impostor, ModelServer]]:
+    from impostor_server import Impostor, serving
+
     servicer = Impostor(network, repository_version(card))
-    server = grpc.server(ThreadPoolExecutor(2))
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield servicer, ModelServer(f"grpc://127.0.0.1:{port}", TIMEOUT_S)
-    server.stop(None)
+    with serving(servicer) as port:
+        yield servicer, ModelServer(f"grpc://127.0.0.1:{port}", TIMEOUT_S)
 
 
 def _set(**fields: Any) -> Callable[[Any], None]:
@@ -543,33 +515,28 @@ def test_a_server_that_gives_other_numbers_is_refused(card: ModelCard, impostor:
 
 
 def test_tls_checks_who_the_server_is(card: ModelCard, network: SmallNetwork, tmp_path: Path) -> None:
+    from impostor_server import Impostor, serving
+
     if shutil.which("openssl") is None:
         pytest.skip("no openssl here to make a certificate")
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run([*request, *names], check=True, capture_output=True)
-    server = grpc.server(ThreadPoolExecutor(2))
-    servicer = Impostor(network, repository_version(card))
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
-    port = server.add_secure_port("localhost:0", credentials)
-    server.start()
     script = (
         "import sys\n"
         "from surg_perception.runtime import open_backend\n"
         "from surg_perception.runtime.model_repository import ModelServer\n"
-        f"server = ModelServer('grpcs://localhost:{port}', {TIMEOUT_S})\n"
+        f"server = ModelServer('grpcs://localhost:' + sys.argv[1], {TIMEOUT_S})\n"
         f"print(open_backend({str(card.folder)!r}, 'triton', allow_fallback=False, server=server).name)\n"
     )
     known = {**os.environ, "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(certificate)}
     unknown = {name: value for name, value in os.environ.items() if name != "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"}
-    try:
-        trusted = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=known)
+    with serving(Impostor(network, repository_version(card)), (key.read_bytes(), certificate.read_bytes())) as port:
+        command = [sys.executable, "-c", script, str(port)]
+        trusted = subprocess.run(command, capture_output=True, text=True, env=known)
         assert trusted.stdout.strip() == "triton:REMOTE:fp32", trusted.stderr
-        refused = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=unknown)
+        refused = subprocess.run(command, capture_output=True, text=True, env=unknown)
         assert refused.returncode != 0
         assert "is away" in refused.stderr
         assert "CERTIFICATE_VERIFY_FAILED" in refused.stderr
-    finally:
-        server.stop(None)
