@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "requirements"
-FILES = ("build", "numpy2", "runtime", "colcon", "ros-jazzy", "surgllm", "test")
+FILES = ("build", "numpy2", "runtime", "colcon", "ros-jazzy", "surgllm", "model-server", "test")
 LEFT_TO_PYTORCH = re.compile(r"(nvidia|cuda)-.*|triton|torch")
 HEADER = "# Written by scripts/lock.py; versions of what the other files bring along, where ROS 2 comes from wheels.\n"
 

@@ -36,6 +36,7 @@ SUPPORTED_TEXT = "3.10, 3.11 or 3.12"
 PYTHON_NAMES = ("python3", "python3.12", "python3.11", "python3.10", "/usr/bin/python3")
 FREE_GB = {"demo": 8, "test": 9}  # a CUDA build of PyTorch, where the index offers no other, takes most of it
 HEARTBEAT_S = 30.0
+TEST, TEST_NO_DEPS = ("test", "model-server"), ("test-no-deps", "model-server-no-deps")
 BASE_MODELS = ("smollm2-135m-instruct", "all-minilm-l6-v2")
 ROS_PATHS = ("PYTHONPATH", "AMENT_PREFIX_PATH", "CMAKE_PREFIX_PATH", "COLCON_PREFIX_PATH")
 
@@ -697,7 +698,7 @@ class Setup:
                     "test",
                     "Test tools and linters",
                     self.step_test,
-                    ["requirements/test.txt", "requirements/test-no-deps.txt", *constraints],
+                    [f"requirements/{name}.txt" for name in (*TEST, *TEST_NO_DEPS)] + constraints,
                     ["surgllm"],
                 )
             )
@@ -793,8 +794,11 @@ class Setup:
 
     def step_test(self) -> None:
         numpy = f"numpy{self.numpy_major()}"
-        self.pip_install("test", *self.requirements("test", "surgllm", "runtime", "colcon", numpy))
-        self.pip_install("test", "--no-deps", "-r", "requirements/test-no-deps.txt")
+        packages = self.requirements(*TEST, "surgllm", "runtime", "colcon", numpy)
+        # As for ROS 2: TensorRT-RTX comes with a source package.
+        self.pip_install("test", "--no-build-isolation", *packages)
+        without = [word for name in TEST_NO_DEPS for word in ("-r", f"requirements/{name}.txt")]
+        self.pip_install("test", "--no-deps", *without)
 
     # -- all of it
 

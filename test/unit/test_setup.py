@@ -194,6 +194,23 @@ def test_the_demo_level_brings_what_questions_need_and_the_test_level_no_second_
     assert without[-3:] == ["--no-deps", "-r", "requirements/surgllm-no-deps.txt"]
 
 
+def test_the_test_level_brings_a_model_server_and_tensorrt_rtx(tmp_path: Path) -> None:
+    setup = Running(tmp_path, "test")
+    setup.step_test()
+    with_dependencies, without = setup.commands
+    assert {"requirements/test.txt", "requirements/model-server.txt"} <= set(with_dependencies)
+    assert "--no-deps" not in with_dependencies
+    assert without[-5:] == [
+        "--no-deps",
+        "-r",
+        "requirements/test-no-deps.txt",
+        "-r",
+        "requirements/model-server-no-deps.txt",
+    ]
+    (step,) = [step for step in Running(ROOT, "test").steps() if step.name == "test"]
+    assert {word for word in (*with_dependencies, *without) if "model-server" in word} <= set(step.inputs)
+
+
 def test_base_models_are_fetched_to_where_they_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from surg_perception.cli.main import parser
     from surg_perception.surgllm import base_models
