@@ -131,8 +131,9 @@ PHASE = ParameterTable(
             "runtime.precision",
             "fp32",
             "Arithmetic of the network, checked against fp32 on sample frames at configure. fp16, and fp16-mixed with "
-            "norms and softmax in fp32: TensorRT only.",
-            choices=("fp32", "bf16", "fp16", "fp16-mixed"),
+            "norms and softmax in fp32: TensorRT only. fp32-w8 and bf16-w8, with the phase head's weights in int8: "
+            "OpenVINO on the CPU only.",
+            choices=("fp32", "bf16", "fp16", "fp16-mixed", "fp32-w8", "bf16-w8"),
         ),
         Parameter(
             "runtime.allow_fallback",

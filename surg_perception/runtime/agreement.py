@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from surg_perception.runtime.graph import FRAME_SHAPE
 
 FRAMES = 16
+FRAMES_FILE = Path(__file__).with_name("sample_frames.png")
 # A trained GSViT-M0 in bf16: probabilities within 0.012 of fp32 on the phantom and 0.027 on Cholec80, latent cosines
 # above 0.9998. The bounds leave room for other weights; swapped channels lie far outside (0.7 and 0.3).
 MAX_PROBABILITY_DIFFERENCE = 0.05
@@ -26,13 +29,19 @@ Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 @lru_cache(maxsize=1)
 def reference_frames() -> NDArray[np.uint8]:
-    """Sixteen pictures spread over the phantom's seven phases, uint8 [16, 224, 224, 3], BGR, read-only."""
-    from surg_perception.data.phantom import Phantom
+    """Sixteen pictures spread over the phantom's seven phases, uint8 [16, 224, 224, 3], BGR, read-only.
 
-    height, width, _ = FRAME_SHAPE
-    phantom = Phantom(width=width, height=height, rate_hz=1.0, seed=0, duration_s=FRAMES * 10.0)
-    indices = (np.arange(FRAMES) + 0.5) * len(phantom) / FRAMES
-    frames = np.stack([phantom.frame(int(index))[0] for index in indices])
+    Drawn once by scripts/write_sample_frames.py, since drawing them takes as long as the rest of a start. They are
+    the same on every machine, whichever OpenCV it has.
+
+    Raises:
+        RuntimeError: the file is missing or damaged.
+    """
+    picture = cv2.imread(str(FRAMES_FILE), cv2.IMREAD_COLOR)
+    if picture is None or picture.shape != (FRAMES * FRAME_SHAPE[0], *FRAME_SHAPE[1:]):
+        found = "cannot be read" if picture is None else f"has shape {list(picture.shape)}"
+        raise RuntimeError(f"{FRAMES_FILE} {found}, expected {FRAMES} pictures below each other; install again")
+    frames = np.asarray(picture, np.uint8).reshape(FRAMES, *FRAME_SHAPE)
     frames.flags.writeable = False
     return frames
 

@@ -26,9 +26,16 @@ from surg_perception.runtime.model_repository import MAX_BATCH, ModelServer
 if TYPE_CHECKING:
     from surg_perception.runtime.engine_build import EngineBuilder
 
-PRECISIONS = ("fp32", "bf16", "fp16", "fp16-mixed")
-"""What can be asked for; "fp16-mixed" is fp16 with norms and softmax in fp32."""
-LADDER = {"fp16": ("fp16-mixed", "fp32"), "fp16-mixed": ("fp32",), "bf16": ("fp32",)}
+PRECISIONS = ("fp32", "bf16", "fp16", "fp16-mixed", "fp32-w8", "bf16-w8")
+"""What can be asked for; "fp16-mixed" is fp16 with norms and softmax in fp32, "-w8" computes in fp32 or bf16 with the
+phase head's weights held in int8."""
+LADDER = {
+    "fp16": ("fp16-mixed", "fp32"),
+    "fp16-mixed": ("fp32",),
+    "bf16": ("fp32",),
+    "fp32-w8": ("fp32",),
+    "bf16-w8": ("bf16", "fp32-w8", "fp32"),
+}
 """What is tried, in this order, where a precision does not agree with fp32."""
 MAX_DEFAULT_THREADS = 4
 _WITHOUT_FP16 = ("openvino", "onnxruntime", "torch")  # known without importing them, which can take seconds
@@ -69,7 +76,7 @@ class Backend(ABC):
         devices: devices that the engine can have; CUDA is NVIDIA's, GPU is Intel's, REMOTE a model server's.
         needs: which file of the model folder it runs, "graph" or "weights".
         card: the model.
-        device, precision, threads: what it runs on, in which arithmetic ("fp32", "bf16"), with how many threads.
+        device, precision, threads: what it runs on, in which arithmetic (`PRECISIONS`), with how many threads.
         notes: what was tried before this engine was taken and why it was not, and how it was checked.
         unbuilt: names of engines that would have been taken, had they been built.
         standby: the fp32 engine on the CPU that this one was checked against, if `open_backend` was to keep it.
@@ -266,7 +273,8 @@ def open_backend(
     Args:
         model: what `find_model` takes, or a card. sha256 is not checked here (`ModelCard.verify`).
         backend: "auto", or a name of `BACKENDS`.
-        precision: "fp32"; "bf16" where the device has it; "fp16" or "fp16-mixed" with TensorRT.
+        precision: "fp32"; "bf16" where the device has it; "fp16" or "fp16-mixed" with TensorRT; "fp32-w8" or "bf16-w8"
+            with OpenVINO on a CPU.
         allow_fallback: whether, instead of what was asked for, another precision of `LADDER` will do, and then
             another engine. Asked for "auto", engines that have the precision come first.
         device: "CPU", "CUDA", "GPU" (Intel) or "REMOTE"; the best one unless told.

@@ -40,9 +40,9 @@ class EngineKey:
 
     Attributes:
         graph_sha256: of the model's ONNX file.
-        flavour, version: the library that builds and runs it, "tensorrt" or "tensorrt_rtx", and its version.
+        flavour, version: the library that builds and runs it ("tensorrt", "tensorrt_rtx", "openvino"), its version.
         gpu: name of the GPU that the engine was tuned on; "" for an engine built ahead of time.
-        targets: compute capabilities that it runs on, sorted: ("sm86", "sm89").
+        targets: compute capabilities that it runs on, sorted: ("sm86", "sm89"); of OpenVINO, the CPU's name.
         precision: of the arithmetic, one of `backend.PRECISIONS`.
         shapes: of the inputs, by name.
         options: of the builder, and the version of our own changes to the graph.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenVINO: Intel and Arm CPUs, Intel GPUs; fp32, and bf16 where the device has it."""
+"""OpenVINO: Intel and Arm CPUs, Intel GPUs; fp32, and bf16 where the device has it; int8 weights of the phase head."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -14,12 +15,20 @@ from numpy.typing import NDArray
 from openvino import opset13
 from openvino.passes import ConstantFolding, Manager
 
-from surg_perception.models import ModelCard, ModelError
-from surg_perception.runtime.backend import Backend, BackendUnavailable
+from surg_perception.models import ModelCard, ModelError, sha256_of
+from surg_perception.runtime.backend import Backend, BackendUnavailable, first_line
+from surg_perception.runtime.engine_cache import CacheError, EngineCache, EngineKey
 from surg_perception.runtime.graph import FRAME_SHAPE, GraphFacts, RunGraph, Shape, check_contract
 from surg_perception.runtime.user_cache import cache_folder
 
-_TYPES = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16}
+_TYPES = {
+    "fp32": openvino.Type.f32,
+    "bf16": openvino.Type.bf16,
+    "fp32-w8": openvino.Type.f32,
+    "bf16-w8": openvino.Type.bf16,
+}
+_logger = logging.getLogger("surg_perception.runtime")
+_W8_FROM_ELEMENTS = 1 << 16  # smaller matrices stay in the processor's caches anyhow
 
 
 @lru_cache(maxsize=1)
@@ -36,25 +45,70 @@ class OpenVinoBackend(Backend):
     def __init__(self, card: ModelCard, device: str, precision: str, threads: int) -> None:
         super().__init__(card, device, precision, threads)
         self._batch_request: Any = None
-        self._request = self._compile(1)
+        self._request = self._open().create_infer_request()
         self._input: Any = self._request.get_input_tensor().data
 
     @classmethod
     def refusal(cls, device: str, precision: str) -> str | None:
+        if precision not in _TYPES:
+            return f"computes in {', '.join(_TYPES)}, not {precision}"
         present = _core().available_devices
         if not any(name.split(".")[0] == device for name in present):
             return f"finds no {device}, only {', '.join(present) or 'no device'}"
-        if precision == "bf16" and "BF16" not in _core().get_property(device, "OPTIMIZATION_CAPABILITIES"):
+        if precision.endswith("-w8") and device != "CPU":
+            return f"the phase head's weights are held in int8 on the CPU only, not on {device}"
+        capabilities = _core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+        if _TYPES[precision] == openvino.Type.bf16 and "BF16" not in capabilities:
             return f"this {device} has no bf16 arithmetic"
         return None
 
-    def _compile(self, batch: int) -> Any:
-        """An inference request for `batch` frames, -1 for any number."""
-        path = self.card.graph_path
-        model = _read(path)
-        check_contract(_facts(model), path, self.card)
-        model.reshape({"frame": openvino.PartialShape([batch, *FRAME_SHAPE])})
-        _split_convolutions(model)
+    def _open(self) -> Any:
+        """The model compiled for one frame: on the CPU from the cache, where an earlier start left it."""
+        folder = cache_folder("openvino", "compiled models") if self.device == "CPU" else None
+        if folder is None:
+            return self._compile(1)
+        try:
+            cache, key = EngineCache(folder), self._key()
+            entry, _ = cache.find(key)
+        except (CacheError, OSError) as error:
+            _logger.warning("no cache of compiled models: %s", error)
+            return self._compile(1)
+        if entry is not None:
+            try:
+                compiled = self._checked(_core().import_model(entry.read(), self.device, self._settings()))
+            except (OSError, RuntimeError) as error:
+                _logger.warning("%s is compiled anew: %s", self.card.model_id, first_line(error))
+            else:
+                check_contract(_facts(compiled, any_number=True), self.card.graph_path, self.card)
+                self.notes.append(f"{self.name}: compiled by an earlier start")
+                return compiled
+        compiled = self._compile(1)
+        try:
+            cache.get(key, lambda: (compiled.export_model().getvalue(), {"model": self.card.model_id}), force=True)
+        except CacheError as error:
+            _logger.warning("%s", error)
+        return compiled
+
+    def _key(self) -> EngineKey:
+        """What the compiled model depends on."""
+        properties = ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
+        cpu, capabilities = (_core().get_property(self.device, name) for name in properties)
+        return EngineKey(
+            graph_sha256=sha256_of(self.card.graph_path),
+            flavour="openvino",
+            version=openvino.get_version(),
+            gpu="",
+            targets=(cpu,),
+            precision=self.precision,
+            shapes={"frame": (1, *FRAME_SHAPE)},
+            options={
+                "changes": sha256_of(__file__),  # what is done to the graph before it is compiled
+                "threads": self.threads,
+                "capabilities": sorted(capabilities),
+            },
+        )
+
+    def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": _TYPES[self.precision],  # a CPU with bf16 uses it unless told
@@ -63,21 +117,38 @@ class OpenVinoBackend(Backend):
             # Pinned threads wait for whatever else runs on their core: paced at 30 Hz beside a loaded pipeline
             # on two cores, p99 is 60 ms with pinning and 33 ms without.
             settings |= {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
-        # On the CPU a cache would save 0.2 s; a GPU's kernels take long to build.
+            # Else what is multiplied with int8 weights would be rounded to int8 too.
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         elif folder := cache_folder("openvino", "compiled kernels"):
             settings["CACHE_DIR"] = str(folder)
-        compiled = _core().compile_model(model, self.device, settings)
+        return settings
+
+    def _compile(self, batch: int) -> Any:
+        """The model compiled for `batch` frames, -1 for any number."""
+        path = self.card.graph_path
+        model = _read(path)
+        check_contract(_facts(model), path, self.card)
+        model.reshape({"frame": openvino.PartialShape([batch, *FRAME_SHAPE])})
+        _split_convolutions(model)
+        if self.precision.endswith("-w8") and not _compress_head(model):
+            raise BackendUnavailable(f"{self.card.name} has no phase head with weights to hold in int8; leave -w8 away")
+        return self._checked(_core().compile_model(model, self.device, self._settings()))
+
+    def _checked(self, compiled: Any) -> Any:
+        """A compiled model that computes as it should."""
         found = compiled.get_property("INFERENCE_PRECISION_HINT")
         if found != _TYPES[self.precision]:
             raise BackendUnavailable(f"computes in {found.get_type_name()} instead of {self.precision}")
-        return compiled.create_infer_request()
+        if self.precision.endswith("-w8") and not _has_int8_weights(compiled):
+            raise BackendUnavailable("this OpenVINO expands the phase head's int8 weights to floats again")
+        return compiled
 
     def _run(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32] | None, NDArray[np.float32]]:
         if len(frames) == 1:
             request = self._request
             np.copyto(self._input, frames)
         else:
-            request = self._batch_request = self._batch_request or self._compile(-1)
+            request = self._batch_request = self._batch_request or self._compile(-1).create_infer_request()
             request.set_input_tensor(openvino.Tensor(frames))
         request.infer(share_outputs=True)  # in this thread: handing over to another costs up to 1 ms
         latent = request.get_tensor("latent").data.copy()
@@ -127,17 +198,24 @@ def _read(path: Path) -> Any:
         raise ModelError(f"{path} is no ONNX graph that can be read ({reason}); copy or export it again") from error
 
 
-def _facts(model: Any) -> GraphFacts:
+def _facts(model: Any, any_number: bool = False) -> GraphFacts:
+    """What a model says about itself, or, where it was compiled for one frame, would say for any number."""
+
     def described(ports: Any) -> dict[str, tuple[str, Shape]]:
         return {
             port.any_name: (
                 str(port.element_type.to_dtype()),
-                tuple(size.get_length() if size.is_static else None for size in port.partial_shape),
+                tuple(
+                    size.get_length() if size.is_static and not (any_number and index == 0) else None
+                    for index, size in enumerate(port.partial_shape)
+                ),
             )
             for port in ports
         }
 
-    metadata = model.get_rt_info(["framework"]).astype(dict) if model.has_rt_info(["framework"]) else {}
+    compiled = isinstance(model, openvino.CompiledModel)
+    has_metadata = not compiled and model.has_rt_info(["framework"])
+    metadata = model.get_rt_info(["framework"]).astype(dict) if has_metadata else {}
     return GraphFacts(described(model.inputs), described(model.outputs), metadata)
 
 
@@ -188,3 +266,39 @@ def _split_convolutions(model: Any) -> None:
                 piece = opset13.add(piece, opset13.constant(np.ascontiguousarray(bias.data[:, rows])))
             part.replace(piece.output(0))
     model.validate_nodes_and_infer_types()
+
+
+def _compress_head(model: Any) -> bool:
+    """Hold the weights of the phase head's large layers in int8, one scale per output channel; whether there are any.
+
+    For one frame such a layer only reads its weights, 50 MB in fp32 with GSViT-M5 and the paper's head. OpenVINO keeps
+    Constant, Convert, Multiply, MatMul as it is and expands the weights inside the product. Only the head has matrix
+    products with constants; the encoder's are of activations.
+    """
+    found = False
+    for product in model.get_ordered_ops():
+        if product.get_type_name() != "MatMul":
+            continue
+        weights = product.input_value(1).get_node()
+        if weights.get_type_name() != "Constant" or weights.data.ndim != 2 or weights.data.size < _W8_FROM_ELEMENTS:
+            continue
+        facts = product.get_attributes()
+        values = weights.data if facts["transpose_b"] else weights.data.T
+        scales = np.abs(values).max(axis=1, keepdims=True).astype(np.float32) / 127
+        scales[scales == 0] = 1
+        rounded = opset13.constant(np.rint(values / scales).astype(np.int8))
+        expanded = opset13.multiply(opset13.convert(rounded, "f32"), opset13.constant(scales))
+        compressed = opset13.matmul(product.input_value(0), expanded, facts["transpose_a"], True)
+        product.output(0).replace(compressed.output(0))
+        found = True
+    model.validate_nodes_and_infer_types()
+    return found
+
+
+def _has_int8_weights(compiled: Any) -> bool:
+    """Whether a compiled model has a product that reads int8 weights."""
+    return any(
+        operation.get_rt_info()["layerType"].astype(str) == "FullyConnected"
+        and any(port.get_element_type() == openvino.Type.i8 for port in operation.inputs())
+        for operation in compiled.get_runtime_model().get_ordered_ops()
+    )
