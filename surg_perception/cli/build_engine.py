@@ -88,7 +88,7 @@ def _build_engine(options: argparse.Namespace) -> int:
         cache = EngineCache()
         # Says at once what cannot be, before the slow part.
         engine_key(card, library, options.precision, None if cuda is None else cuda.gpu, targets)
-        reference = Reference.of(card, _frames(options.frames), threads, options.reference)
+        reference = Reference.of(card, frames_of(options.frames), threads, options.reference)
         progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
         )
@@ -134,7 +134,7 @@ def _build_engine(options: argparse.Namespace) -> int:
     return 1 if last.refused else 0
 
 
-def _frames(path: str | None) -> NDArray[Any]:
+def frames_of(path: str | None) -> NDArray[Any]:
     """Frames uint8 [N, 224, 224, 3], BGR: spread over what lies at a path, else of the phantom."""
     import cv2
     import numpy as np

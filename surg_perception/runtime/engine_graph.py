@@ -61,7 +61,7 @@ def engine_graph(path: str | Path, precision: str) -> bytes:
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf's errors are of a kind of their own
         raise ModelError(f"{path} is no ONNX graph that can be read ({error}); copy or export it again") from error
-    _fold_constants(model)
+    fold_constants(model)
     for tensor in (*model.graph.input, *model.graph.output):
         tensor.type.tensor_type.shape.dim[0].dim_value = 1
     _frame_to_float(model)
@@ -119,7 +119,8 @@ def rounding_shown(graph: bytes) -> bytes:
     return content
 
 
-def _fold_constants(model: Any) -> None:
+def fold_constants(model: Any) -> Any:
+    """Make constants of weights that a graph computes from others (fp16 storage, folded batch norm); the same model."""
     from onnx import numpy_helper
     from onnx.reference import ReferenceEvaluator
 
@@ -139,6 +140,7 @@ def _fold_constants(model: Any) -> None:
     del model.graph.initializer[:]
     model.graph.node.extend(kept)
     model.graph.initializer.extend(tensor for name, tensor in constants.items() if name in used)
+    return model
 
 
 def _frame_to_float(model: Any) -> None:

@@ -59,7 +59,7 @@ def export_onnx(model: GSViT, path: str | Path, *, weight_storage: str = "fp32",
     proto = _exported(folded, example, list(graph.output_names))
     if weight_storage == "fp16":
         _store_as_fp16(proto, _batch_norm_scales(graph))
-    return _saved(proto, path, {"phases": json.dumps(list(phases))} if phases else {})
+    return save_graph(proto, path, {"phases": json.dumps(list(phases))} if phases else {})
 
 
 def export_forecast_onnx(model: GSViT, path: str | Path, *, weight_storage: str = "fp32") -> Path:
@@ -92,7 +92,7 @@ def export_forecast_onnx(model: GSViT, path: str | Path, *, weight_storage: str 
     proto = _exported(graph, example, ["forecast"])
     if weight_storage == "fp16":
         _store_as_fp16(proto, {})
-    return _saved(proto, path, {})
+    return save_graph(proto, path, {})
 
 
 def _check_storage(weight_storage: str) -> None:
@@ -124,8 +124,8 @@ def _exported(graph: Any, example: dict[str, Any], outputs: list[str]) -> Any:
     return proto
 
 
-def _saved(proto: Any, path: str | Path, metadata: dict[str, str]) -> Path:
-    """Check and write the model in one step; returns its path."""
+def save_graph(proto: Any, path: str | Path, metadata: dict[str, str]) -> Path:
+    """Check and write an ONNX model in one step; returns its path."""
     import onnx
 
     if metadata:
