@@ -188,7 +188,8 @@ class _Quantiser:
     def write(self, layers: Sequence[str], folder: Path, card: ModelCard, name: str) -> ModelCard:
         """A model folder with these layers in int8; its card, not yet written."""
         model = self.graph(layers)
-        del model.graph.value_info[:]
+        del model.graph.value_info[:], model.metadata_props[:]
+        model.metadata_props.extend(self._model.metadata_props)
         graph = save_graph(model, folder / "model.onnx", {})
         for file in (card.temporal_file, card.forecast_file):
             if file is not None:
@@ -209,7 +210,7 @@ class _Reader:
 
 def _on_engines(card: ModelCard, wanted: Reference, threads: int) -> tuple[dict[str, Agreement], str]:
     """Agreement of each engine that is installed, and why the model is refused ("" if it is not)."""
-    found = {}
+    found: dict[str, Agreement] = {}
     for kind in ("onnxruntime", "openvino"):
         try:
             engine = BACKENDS[kind]()
