@@ -41,6 +41,8 @@ class OpenVinoBackend(Backend):
 
     @classmethod
     def refusal(cls, device: str, precision: str) -> str | None:
+        if precision not in _TYPES:
+            return f"computes in fp32 and bf16, not {precision}"
         present = _core().available_devices
         if not any(name.split(".")[0] == device for name in present):
             return f"finds no {device}, only {', '.join(present) or 'no device'}"
