@@ -638,7 +638,10 @@ def test_agreement_sees_each_kind_of_difference() -> None:
 
     undecided = p.copy()
     undecided[1] = undecided[1, ::-1]
-    assert compare((undecided, z), (p, z)).holds
+    slight = compare((undecided, z), (p, z))
+    assert slight.holds
+    assert slight.same_phase == pytest.approx(2 / 3)
+    assert slight.mean_difference == pytest.approx(2 * 0.016 / 6, abs=1e-6)
     decided = p.copy()
     decided[0] = decided[0, ::-1]
     changed = compare((decided, z), (p, z))
