@@ -84,8 +84,11 @@ def engines(card: ModelCard, threads: int) -> Iterator[tuple[str, Backend | str]
             continue
         for device in engine.devices:
             for precision in PRECISIONS:
-                reason = engine.refusal(device, precision)
-                yield f"{kind}:{device}:{precision}", reason or engine(card, device, precision, threads)
+                name = f"{kind}:{device}:{precision}"
+                try:
+                    yield name, engine.refusal(device, precision) or engine(card, device, precision, threads)
+                except BackendUnavailable as error:  # an engine that has not been built, a server without an address
+                    yield name, str(error)
 
 
 def on_all(infer: Infer, frames: NDArray[np.uint8]) -> Outputs:

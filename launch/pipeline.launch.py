@@ -42,6 +42,8 @@ from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import GetState
 from rclpy.client import Client
 
+from surg_perception.nodes.parameter_table import PHASE
+
 SHARE = Path(get_package_share_directory("surg_perception"))
 PROFILE = SHARE / "config" / "fastdds_large_images.xml"
 PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
@@ -76,9 +78,10 @@ ARGUMENTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         "backend",
         "",
         f"Inference engine {AS_PARAMS_FILE}.",
-        ("", "auto", "tensorrt", "openvino", "onnxruntime", "torch"),
+        ("", *PHASE["runtime.backend"].choices),
     ),
-    ("precision", "", f"Arithmetic of the network {AS_PARAMS_FILE}.", ("", "fp32", "bf16")),
+    ("precision", "", f"Arithmetic of the network {AS_PARAMS_FILE}.", ("", *PHASE["runtime.precision"].choices)),
+    ("server_url", "", f"Model server, grpc://host:port or grpcs://host:port {AS_PARAMS_FILE}.", ()),
     (
         "allow_fallback",
         "",
@@ -132,6 +135,7 @@ OVERRIDES: dict[str, tuple[str, str, type]] = {
     "model": ("phase", "model.path", str),
     "backend": ("phase", "runtime.backend", str),
     "precision": ("phase", "runtime.precision", str),
+    "server_url": ("phase", "runtime.server_url", str),
     "allow_fallback": ("phase", "runtime.allow_fallback", bool),
     "source": ("source", "source", str),
     "source_width": ("source", "width", int),

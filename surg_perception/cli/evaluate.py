@@ -42,8 +42,10 @@ def add_parser(verbs: Any) -> None:
         help="what it counts: frames at 25 fps or seconds (default: told from the files)",
     )
     engine = phase.add_argument_group("running a model (with --model, --data)")
-    engine.add_argument("--backend", default="auto", help="openvino, onnxruntime or torch (default: %(default)s)")
-    engine.add_argument("--precision", default="fp32", help="fp32 or bf16 (default: %(default)s)")
+    engine.add_argument(
+        "--backend", default="auto", help="tensorrt, openvino, onnxruntime or torch (default: %(default)s)"
+    )
+    engine.add_argument("--precision", default="fp32", help="fp32, bf16, or fp16 with tensorrt (default: %(default)s)")
     engine.add_argument("--device", help="CPU, CUDA or GPU (default: the best one)")
     engine.add_argument("--threads", type=int, help="on the CPU (default: the cores, at most four)")
     engine.add_argument("--cache", type=Path, metavar="DIR", help="keep resized frames there for the next time")

@@ -673,8 +673,9 @@ class PhaseNode(PerceptionNode):
         status.add("model", self._card.model_id)
         status.add("backend", self._backend.name)
         status.add("notes", "; ".join(self._backend.notes))
-        if self._backend.standby is not None:
-            status.add("standby", self._backend.standby.name)
+        standby = self._backend.standby  # read once: the worker may take it away
+        if standby is not None:
+            status.add("standby", standby.name)
         engine = self._engine
         if engine is not None:
             status.add("engine", engine.progress)

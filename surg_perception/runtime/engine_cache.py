@@ -110,31 +110,24 @@ class Entry:
 
 
 class EngineCache:
-    """The engines of this user.
+    """The engines of this user, in `$XDG_CACHE_HOME/surg_perception/engines`.
 
-    Args:
-        folder: `$XDG_CACHE_HOME/surg_perception/engines` unless told.
-        limit_mib: engines used longest ago are removed beyond it; $SURG_PERCEPTION_ENGINE_CACHE_MIB, else 2048.
+    Beyond $SURG_PERCEPTION_ENGINE_CACHE_MIB, else 2048, the engines used longest ago are removed.
 
     Raises:
         CacheError: the folder is not this user's alone, or cannot be made.
     """
 
-    def __init__(self, folder: Path | None = None, limit_mib: float | None = None) -> None:
-        if folder is None:
-            folder = cache_folder("engines", "built engines")
-        elif not folder.is_dir() or folder.is_symlink() or folder.stat().st_uid != os.geteuid():
-            raise CacheError(f"{folder} is no folder of this user; make one with `mkdir -m 700 {folder}`")
+    def __init__(self) -> None:
+        folder = cache_folder("engines", "built engines")
         if folder is None:
             raise CacheError("there is no safe folder for built engines (the warning before says why)")
         self.folder = folder
-        if limit_mib is None:
-            text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT_MIB))
-            try:
-                limit_mib = float(text)
-            except ValueError:
-                raise CacheError(f"${LIMIT_VARIABLE} is {text!r}, expected a number of MiB") from None
-        self.limit_bytes = int(limit_mib * 2**20)
+        text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT_MIB))
+        try:
+            self.limit_bytes = int(float(text) * 2**20)
+        except (ValueError, OverflowError):
+            raise CacheError(f"${LIMIT_VARIABLE} is {text!r}, expected a number of MiB") from None
 
     def find(self, key: EngineKey) -> tuple[Entry | None, str]:
         """The engine for a key, and why there is none ("" if there is)."""

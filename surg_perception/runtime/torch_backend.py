@@ -44,6 +44,8 @@ class TorchBackend(Backend):
 
     @classmethod
     def refusal(cls, device: str, precision: str) -> str | None:
+        if precision not in ("fp32", "bf16"):
+            return f"computes in fp32 and bf16, not {precision}"
         if device == "CUDA":
             if not torch.cuda.is_available():
                 return "PyTorch finds no CUDA device"

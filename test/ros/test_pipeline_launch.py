@@ -201,6 +201,7 @@ def test_launch_arguments_are_all_explained() -> None:
         "model",
         "backend",
         "precision",
+        "server_url",
         "source",
         "overlay",
         "vqa",
@@ -213,6 +214,7 @@ def test_launch_arguments_are_all_explained() -> None:
     ):
         assert f"'{name}':" in shown
     assert "no description given" not in shown
+    assert all(f"'{value}'" in shown for value in ("fp16-mixed", "triton"))
 
 
 def test_a_users_own_dds_profile_is_respected(launched: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -520,6 +520,13 @@ def test_onnxruntime_does_not_pretend_to_bf16(card: ModelCard, log: list[str]) -
     assert any("runs instead" in line for line in log)
 
 
+@pytest.mark.parametrize("kind", [*ENGINES, "torch"])
+def test_only_tensorrt_takes_fp16(kind: str) -> None:
+    if kind == "torch":
+        pytest.importorskip("torch")
+    assert "not fp16" in str(backend.BACKENDS[kind]().refusal("CPU", "fp16"))
+
+
 def test_tensorrt_has_its_place_and_does_not_pretend(card: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
     for library in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, library, None)
@@ -631,7 +638,10 @@ def test_agreement_sees_each_kind_of_difference() -> None:
 
     undecided = p.copy()
     undecided[1] = undecided[1, ::-1]
-    assert compare((undecided, z), (p, z)).holds
+    slight = compare((undecided, z), (p, z))
+    assert slight.holds
+    assert slight.same_phase == pytest.approx(2 / 3)
+    assert slight.mean_difference == pytest.approx(2 * 0.016 / 6, abs=1e-6)
     decided = p.copy()
     decided[0] = decided[0, ::-1]
     changed = compare((decided, z), (p, z))
