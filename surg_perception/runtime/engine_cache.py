@@ -110,18 +110,22 @@ class Entry:
 
 
 class EngineCache:
-    """The engines of this user, in `$XDG_CACHE_HOME/surg_perception/engines`.
+    """The engines of this user, in `$XDG_CACHE_HOME/surg_perception/<name>`.
 
     Beyond $SURG_PERCEPTION_ENGINE_CACHE_MIB, else 2048, the engines used longest ago are removed.
+
+    Args:
+        name: of the folder; each library that finds its engines by itself has one of its own.
+        holds: what it holds, for messages.
 
     Raises:
         CacheError: the folder is not this user's alone, or cannot be made.
     """
 
-    def __init__(self) -> None:
-        folder = cache_folder("engines", "built engines")
+    def __init__(self, name: str = "engines", holds: str = "built engines") -> None:
+        folder = cache_folder(name, holds)
         if folder is None:
-            raise CacheError("there is no safe folder for built engines (the warning before says why)")
+            raise CacheError(f"there is no safe folder for {holds} (the warning before says why)")
         self.folder = folder
         text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT_MIB))
         try:

@@ -64,11 +64,10 @@ class OpenVinoBackend(Backend):
 
     def _open(self) -> Any:
         """The model compiled for one frame: on the CPU from the cache, where an earlier start left it."""
-        folder = cache_folder("openvino", "compiled models") if self.device == "CPU" else None
-        if folder is None:
+        if self.device != "CPU":  # OpenVINO's own cache has it
             return self._compile(1)
         try:
-            cache, key = EngineCache(folder), self._key()
+            cache, key = EngineCache("openvino", "compiled models"), self._key()
             entry, _ = cache.find(key)
         except (CacheError, OSError) as error:
             _logger.warning("no cache of compiled models: %s", error)
