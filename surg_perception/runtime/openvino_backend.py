@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,16 +38,21 @@ def _core() -> Any:
 
 
 class OpenVinoBackend(Backend):
-    """The graph in OpenVINO: compiled for one frame, and for any number when a batch first comes."""
+    """The graph in OpenVINO: compiled for one frame, and for any number when a batch first comes.
+
+    With "-w8" in two parts, "encoder" and "head", else as "whole": the head then computes in fp32, for which alone
+    OpenVINO has a fast kernel that reads int8 weights.
+    """
 
     kind: ClassVar[str] = "openvino"
     devices: ClassVar[tuple[str, ...]] = ("CPU", "GPU")
 
     def __init__(self, card: ModelCard, device: str, precision: str, threads: int) -> None:
         super().__init__(card, device, precision, threads)
-        self._batch_request: Any = None
-        self._request = self._open().create_infer_request()
-        self._input: Any = self._request.get_input_tensor().data
+        self._parts = ("encoder", "head") if precision.endswith("-w8") else ("whole",)
+        self._batch_requests: list[Any] = []
+        self._requests = [compiled.create_infer_request() for compiled in self._open()]
+        self._input: Any = self._requests[0].get_input_tensor().data
 
     @classmethod
     def refusal(cls, device: str, precision: str) -> str | None:
@@ -62,37 +68,43 @@ class OpenVinoBackend(Backend):
             return f"this {device} has no bf16 arithmetic"
         return None
 
-    def _open(self) -> Any:
-        """The model compiled for one frame: on the CPU from the cache, where an earlier start left it."""
+    def _open(self) -> list[Any]:
+        """The parts compiled for one frame: on the CPU from the cache, where an earlier start left them."""
         if self.device != "CPU":  # OpenVINO's own cache has it
             return self._compile(1)
         try:
-            cache, key = EngineCache("openvino", "compiled models"), self._key()
-            entry, _ = cache.find(key)
+            cache, keys = EngineCache("openvino", "compiled models"), self._keys()
+            entries = [cache.find(key)[0] for key in keys]
         except (CacheError, OSError) as error:
             _logger.warning("no cache of compiled models: %s", error)
             return self._compile(1)
-        if entry is not None:
+        whole = [entry for entry in entries if entry is not None]
+        if len(whole) == len(keys):
             try:
-                compiled = self._checked(_core().import_model(entry.read(), self.device, self._settings()))
+                found = [
+                    self._checked(_core().import_model(entry.read(), self.device, self._settings(part)), part)
+                    for entry, part in zip(whole, self._parts, strict=True)
+                ]
             except (OSError, RuntimeError) as error:
                 _logger.warning("%s is compiled anew: %s", self.card.model_id, first_line(error))
             else:
-                check_contract(_facts(compiled, any_number=True), self.card.graph_path, self.card)
+                check_contract(_facts(*found, any_number=True), self.card.graph_path, self.card)
                 self.notes.append(f"{self.name}: compiled by an earlier start")
-                return compiled
+                return found
         compiled = self._compile(1)
         try:
-            cache.get(key, lambda: (compiled.export_model().getvalue(), {"model": self.card.model_id}), force=True)
+            for key, part in zip(keys, compiled, strict=True):
+                content = part.export_model().getvalue(), {"model": self.card.model_id}
+                cache.get(key, lambda content=content: content, force=True)  # type: ignore[misc]
         except CacheError as error:
             _logger.warning("%s", error)
         return compiled
 
-    def _key(self) -> EngineKey:
-        """What the compiled model depends on."""
+    def _keys(self) -> list[EngineKey]:
+        """What each compiled part depends on."""
         properties = ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
         cpu, capabilities = (_core().get_property(self.device, name) for name in properties)
-        return EngineKey(
+        key = EngineKey(
             graph_sha256=sha256_of(self.card.graph_path),
             flavour="openvino",
             version=openvino.get_version(),
@@ -106,55 +118,74 @@ class OpenVinoBackend(Backend):
                 "capabilities": sorted(capabilities),
             },
         )
+        return [replace(key, options={**key.options, "part": part}) for part in self._parts]
 
-    def _settings(self) -> dict[str, Any]:
+    def _type(self, part: str) -> Any:
+        return openvino.Type.f32 if part == "head" else _TYPES[self.precision]
+
+    def _settings(self, part: str) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": _TYPES[self.precision],  # a CPU with bf16 uses it unless told
+            "INFERENCE_PRECISION_HINT": self._type(part),  # a CPU with bf16 uses it unless told
         }
         if self.device == "CPU":
             # Pinned threads wait for whatever else runs on their core: paced at 30 Hz beside a loaded pipeline
             # on two cores, p99 is 60 ms with pinning and 33 ms without.
             settings |= {"INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
-            # Else what is multiplied with int8 weights would be rounded to int8 too.
-            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+            if part == "head":
+                # What int8 weights are multiplied with is rounded to int8 too, with a scale for each 32 numbers.
+                settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 32
         elif folder := cache_folder("openvino", "compiled kernels"):
             settings["CACHE_DIR"] = str(folder)
         return settings
 
-    def _compile(self, batch: int) -> Any:
-        """The model compiled for `batch` frames, -1 for any number."""
+    def _compile(self, batch: int) -> list[Any]:
+        """The parts compiled for `batch` frames, -1 for any number."""
         path = self.card.graph_path
         model = _read(path)
         check_contract(_facts(model), path, self.card)
         model.reshape({"frame": openvino.PartialShape([batch, *FRAME_SHAPE])})
         _split_convolutions(model)
-        if self.precision.endswith("-w8") and not _compress_head(model):
-            raise BackendUnavailable(f"{self.card.name} has no phase head with weights to hold in int8; leave -w8 away")
-        return self._checked(_core().compile_model(model, self.device, self._settings()))
+        models = [model]
+        if "head" in self._parts:
+            if not self.card.labels.names or not _compress_head(model):
+                raise BackendUnavailable(
+                    f"{self.card.name} has no phase head with weights to hold in int8; leave -w8 away"
+                )
+            models = _encoder_and_head(model)
+        return [
+            self._checked(_core().compile_model(piece, self.device, self._settings(part)), part)
+            for piece, part in zip(models, self._parts, strict=True)
+        ]
 
-    def _checked(self, compiled: Any) -> Any:
-        """A compiled model that computes as it should."""
+    def _checked(self, compiled: Any, part: str) -> Any:
+        """A compiled part that computes as it should."""
         found = compiled.get_property("INFERENCE_PRECISION_HINT")
-        if found != _TYPES[self.precision]:
+        if found != self._type(part):
             raise BackendUnavailable(f"computes in {found.get_type_name()} instead of {self.precision}")
-        if self.precision.endswith("-w8") and not _has_int8_weights(compiled):
+        if part == "head" and not _has_int8_weights(compiled):
             raise BackendUnavailable("this OpenVINO expands the phase head's int8 weights to floats again")
         return compiled
 
     def _run(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32] | None, NDArray[np.float32]]:
         if len(frames) == 1:
-            request = self._request
+            requests = self._requests
             np.copyto(self._input, frames)
         else:
-            request = self._batch_request = self._batch_request or self._compile(-1).create_infer_request()
-            request.set_input_tensor(openvino.Tensor(frames))
-        request.infer(share_outputs=True)  # in this thread: handing over to another costs up to 1 ms
-        latent = request.get_tensor("latent").data.copy()
-        return (request.get_tensor("probabilities").data.copy() if self.card.labels.names else None), latent
+            if not self._batch_requests:
+                self._batch_requests = [compiled.create_infer_request() for compiled in self._compile(-1)]
+            requests = self._batch_requests
+            requests[0].set_input_tensor(openvino.Tensor(frames))
+        requests[0].infer(share_outputs=True)  # in this thread: handing over to another costs up to 1 ms
+        latent = requests[0].get_tensor("latent")
+        for head in requests[1:]:
+            head.set_input_tensor(latent)
+            head.infer(share_outputs=True)
+        probabilities = requests[-1].get_tensor("probabilities").data.copy() if self.card.labels.names else None
+        return probabilities, latent.data.copy()
 
     def _free(self) -> None:
-        self._request = self._batch_request = self._input = None
+        self._requests, self._batch_requests, self._input = [], [], None
 
 
 def read_graph(path: Path) -> GraphFacts:
@@ -197,8 +228,8 @@ def _read(path: Path) -> Any:
         raise ModelError(f"{path} is no ONNX graph that can be read ({reason}); copy or export it again") from error
 
 
-def _facts(model: Any, any_number: bool = False) -> GraphFacts:
-    """What a model says about itself, or, where it was compiled for one frame, would say for any number."""
+def _facts(model: Any, *more: Any, any_number: bool = False) -> GraphFacts:
+    """What a model (in one or more parts) says about itself, or, compiled for one frame, would say for any number."""
 
     def described(ports: Any) -> dict[str, tuple[str, Shape]]:
         return {
@@ -215,7 +246,8 @@ def _facts(model: Any, any_number: bool = False) -> GraphFacts:
     compiled = isinstance(model, openvino.CompiledModel)
     has_metadata = not compiled and model.has_rt_info(["framework"])
     metadata = model.get_rt_info(["framework"]).astype(dict) if has_metadata else {}
-    return GraphFacts(described(model.inputs), described(model.outputs), metadata)
+    outputs = [port for part in (model, *more) for port in part.outputs]
+    return GraphFacts(described(model.inputs), described(outputs), metadata)
 
 
 def _split_convolutions(model: Any) -> None:
@@ -292,6 +324,17 @@ def _compress_head(model: Any) -> bool:
         found = True
     model.validate_nodes_and_infer_types()
     return found
+
+
+def _encoder_and_head(model: Any) -> list[Any]:
+    """A model from frame to latent and one from latent to probabilities; they take the given model apart."""
+    latent, probabilities = (model.output(name).get_node() for name in ("latent", "probabilities"))
+    source = latent.input_value(0)
+    joint = opset13.parameter(source.partial_shape, source.element_type, name="latent_in")
+    for consumer in source.get_target_inputs():
+        if consumer.get_node().get_type_name() != "Result":
+            consumer.replace_source_output(joint.output(0))
+    return [openvino.Model([latent], model.get_parameters()), openvino.Model([probabilities], [joint])]
 
 
 def _has_int8_weights(compiled: Any) -> bool:

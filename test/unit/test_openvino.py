@@ -56,7 +56,7 @@ def test_weights_are_rounded_per_output_channel_and_stay_int8(transposed: bool) 
     constant = opset13.constant(np.ascontiguousarray(weights.T) if transposed else weights)
     model = openvino.Model([opset13.matmul(parameter, constant, False, transposed)], [parameter])
     assert openvino_backend._compress_head(model)
-    settings = {"INFERENCE_PRECISION_HINT": openvino.Type.f32, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    settings = {"INFERENCE_PRECISION_HINT": openvino.Type.f32, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}  # weights alone
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     assert openvino_backend._has_int8_weights(compiled)
     steps = np.abs(weights).max(axis=0) / 127
