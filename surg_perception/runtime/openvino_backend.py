@@ -37,6 +37,18 @@ def _core() -> Any:
     return openvino.Core()
 
 
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced or written to."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _sha256_of_graph(path: Path, *stamp: int) -> str:
+    """sha256 of a file; taken once for an engine and the fp32 one that it is compared with."""
+    return sha256_of(path)
+
+
 class OpenVinoBackend(Backend):
     """The graph in OpenVINO: compiled for one frame, and for any number when a batch first comes.
 
@@ -105,7 +117,7 @@ class OpenVinoBackend(Backend):
         properties = ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
         cpu, capabilities = (_core().get_property(self.device, name) for name in properties)
         key = EngineKey(
-            graph_sha256=sha256_of(self.card.graph_path),
+            graph_sha256=_sha256_of_graph(self.card.graph_path, *_stamp(self.card.graph_path)),
             flavour="openvino",
             version=openvino.get_version(),
             gpu="",
