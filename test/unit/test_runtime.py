@@ -602,7 +602,7 @@ def test_a_worker_thread_gets_the_same_numbers(engine: str, card: ModelCard, fra
 
 def test_the_number_of_threads_reaches_the_engine(card: ModelCard) -> None:
     with open_backend(card, "openvino", threads=1) as opened:
-        assert opened._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
+        assert opened._requests[0].get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
     with open_backend(card, "onnxruntime", threads=1) as opened:
         assert opened._session.get_session_options().intra_op_num_threads == 1
     with open_backend(card, "onnxruntime") as opened:
