@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from surg_perception.surgllm.base_models import find_base_model
-from surg_perception.surgllm.config import JOINT as JOINT
-from surg_perception.surgllm.config import SurgLLMConfig
+from surg_perception.surgllm.config import JOINT, SurgLLMConfig
 from surg_perception.torch_extras import import_transformers
 
 

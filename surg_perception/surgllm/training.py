@@ -23,11 +23,11 @@ from surg_perception.gsvit.trainer import TrainingError, TrainSettings, fit
 from surg_perception.models import ModelError, sha256_of
 from surg_perception.surgllm.alignment import ALIGNMENT_SETTINGS, AlignmentConfig, align
 from surg_perception.surgllm.base_models import find_base_model
-from surg_perception.surgllm.config import CONFIGS, SurgLLMConfig
+from surg_perception.surgllm.config import CONFIGS, JOINT, SurgLLMConfig
 from surg_perception.surgllm.encoder import VideoEncoder, load_stem_weights
 from surg_perception.surgllm.feature_cache import cached_clip_frames, cached_features
 from surg_perception.surgllm.grounding import GROUNDING, ground
-from surg_perception.surgllm.language_model import JOINT, adapters_that_fit, fast_dtype
+from surg_perception.surgllm.language_model import adapters_that_fit, fast_dtype
 from surg_perception.surgllm.model import SurgLLM, start_qformer
 from surg_perception.surgllm.model_folder import (
     SurgLLMCard,

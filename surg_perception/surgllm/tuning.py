@@ -27,9 +27,9 @@ from torch.nn import functional as F
 
 from surg_perception.data.clip_labels import ClipVideo
 from surg_perception.gsvit.trainer import Task, TrainSettings, fit
+from surg_perception.surgllm.config import JOINT
 from surg_perception.surgllm.encoder import VideoEncoder
 from surg_perception.surgllm.feature_cache import write_array
-from surg_perception.surgllm.language_model import JOINT
 from surg_perception.surgllm.model import SurgLLM
 from surg_perception.surgllm.prompt import IGNORED, Prompted, Prompter, Span
 from surg_perception.surgllm.questions import Sample, segment_answer

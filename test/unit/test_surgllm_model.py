@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from surg_perception.surgllm.config import CONFIGS
-from surg_perception.surgllm.language_model import JOINT, LanguageModel, adapters_that_fit, fast_dtype, load_tokenizer
+from surg_perception.surgllm.config import CONFIGS, JOINT
+from surg_perception.surgllm.language_model import LanguageModel, adapters_that_fit, fast_dtype, load_tokenizer
 from surg_perception.surgllm.model import SurgLLM, start_qformer
 from surg_perception.surgllm.prompt import Prompted, Prompter
 

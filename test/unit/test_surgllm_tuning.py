@@ -17,9 +17,8 @@ from torch import Tensor
 from surg_perception.data.clip_labels import ClipVideo, InstrumentState, SecondLabels
 from surg_perception.data.frame_readers import NoFrames
 from surg_perception.gsvit.trainer import TrainingError, fit, read_lines
-from surg_perception.surgllm.config import CONFIGS
+from surg_perception.surgllm.config import CONFIGS, JOINT
 from surg_perception.surgllm.encoder import VideoEncoder
-from surg_perception.surgllm.language_model import JOINT
 from surg_perception.surgllm.model import SurgLLM
 from surg_perception.surgllm.prompt import IGNORED, Prompter
 from surg_perception.surgllm.questions import Sample
