@@ -91,5 +91,5 @@ def details(result: Any) -> list[str]:
     if result.first_token_ms:
         lines.append(f"  time    first token {result.first_token_ms:.0f} ms, whole answer {result.total_ms:.0f} ms")
     if result.model_id:
-        lines.append(f"  model   {result.model_id}")
+        lines.append(f"  model   {result.model_id} on {result.backend}")
     return lines

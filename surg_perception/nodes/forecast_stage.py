@@ -125,6 +125,7 @@ class ForecastStage:
                 score=found.score,
                 gap_s=self.forecaster.gap_s,
                 model_id=self.backend.card.model_id,
+                backend=self.backend.name,
             )
         )
 

@@ -579,6 +579,7 @@ class PhaseNode(PerceptionNode):
             LatentFeatures(
                 header=header,
                 model_id=self._card.model_id,
+                backend=self._backend.name,
                 shape=list(latent.shape),
                 data=array.array("f", np.ascontiguousarray(latent).tobytes()),
             )

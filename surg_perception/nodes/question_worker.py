@@ -45,6 +45,7 @@ class Outcome:
     first_token_ms: float = 0.0
     total_ms: float = 0.0
     model_id: str = ""
+    backend: str = ""
 
 
 class Question:
@@ -83,13 +84,13 @@ class Question:
         """Whether it has ended."""
         return self._over
 
-    def note_window(self, window: Window[Any], model_id: str) -> None:
+    def note_window(self, window: Window[Any], model_id: str, backend: str) -> None:
         """Say what it is answered from."""
         with self._lock:
             if not self._over:
                 out = self.outcome
                 out.first_ns, out.last_ns, out.frames_used = window.first_ns, window.last_ns, window.frames
-                out.model_id = model_id
+                out.model_id, out.backend = model_id, backend
 
     def note_text(self, text: str) -> None:
         """Take the answer so far."""
@@ -299,7 +300,7 @@ class QuestionWorker:
             if question.over:
                 return
             window = buffer.window(*question.span)
-            question.note_window(window, assistant.model_id)
+            question.note_window(window, assistant.model_id, assistant.backend)
             reply = assistant.ask(
                 question.text,
                 window.segments,

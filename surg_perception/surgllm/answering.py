@@ -114,6 +114,12 @@ class Assistant:
         return self.card.model_id
 
     @property
+    def backend(self) -> str:
+        """What truly runs, `torch:CPU:precision`; the precision is the language model's, the largest part."""
+        fast = self._model.language_model.base.dtype == torch.bfloat16
+        return f"torch:CPU:{'bf16' if fast else 'fp32'}"
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """With an adapter of their own."""
         return self.card.tasks

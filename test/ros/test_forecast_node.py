@@ -96,6 +96,7 @@ def test_forecasts_and_novelty_come_with_their_stamps_while_somebody_listens(
         assert novelty.header.frame_id == "scope"
         assert novelty.gap_s == pytest.approx(0.4)
         assert novelty.model_id == card.model_id
+        assert novelty.backend.startswith("openvino:CPU")
         assert 0.0 < novelty.error < 1.0
         assert 0.0 < novelty.copy_error < 1.0
         assert np.isnan(novelty.score), "fewer than ten errors before it"

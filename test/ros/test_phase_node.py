@@ -97,6 +97,7 @@ def test_phase_latent_and_labels_of_an_image(graph: Graph, picture: np.ndarray) 
 
     latent = wait_until(lambda: rig.latents and rig.latents[-1], 5, "the latent")
     assert latent.header.stamp == phase.header.stamp
+    assert (latent.model_id, latent.backend) == (phase.model_id, phase.backend)
     assert list(latent.shape) == list(card.network.latent_shape)
     assert len(latent.data) == np.prod(card.network.latent_shape)
 

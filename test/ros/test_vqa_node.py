@@ -66,6 +66,7 @@ class FrameTeller:
     """Answers every question with the grey levels of the frames it was shown, one a token."""
 
     model_id = "teller@0123456789ab"
+    backend = "teller:CPU:fp32"
     tasks = TASKS
     image_size = 16
     segment_frames = 4
@@ -261,7 +262,7 @@ def test_an_answer_and_what_it_rests_on(rig: Rig) -> None:
     assert answer.frames_used == 8
     assert (answer.task, answer.task_probability) == ("caption", 0.75)
     assert answer.confidence == 0.5
-    assert answer.model_id == FrameTeller.model_id
+    assert (answer.model_id, answer.backend) == (FrameTeller.model_id, FrameTeller.backend)
     assert 0 < answer.first_token_ms < answer.total_ms
     assert len(rig.model.encoded) == before, "asking costs no encoding"
     told = rig.ask(task="location")
@@ -933,4 +934,5 @@ def test_the_shipped_model_answers_about_the_phantom(graph: Graph, shipped: str)
     assert result.task == "phase"
     assert (result.first_stamp.sec, result.last_stamp.sec, result.frames_used) == (20, 27, 8)
     assert result.model_id.startswith(f"{shipped}@")
+    assert result.backend in ("torch:CPU:bf16", "torch:CPU:fp32")
     assert 0 < result.confidence <= 1

@@ -28,6 +28,7 @@ def reply(**changes: Any) -> SimpleNamespace:
         "first_token_ms": 640.4,
         "total_ms": 1830.0,
         "model_id": "m@0123456789ab",
+        "backend": "torch:CPU:bf16",
     }
     return SimpleNamespace(**{**fields, **changes})
 
