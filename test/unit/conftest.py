@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,18 @@ def _needs(*names: str) -> None:
             find_base_model(name)
         except BaseModelMissing as error:
             pytest.skip(str(error).splitlines()[0])
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """pytest's own, which also hears this package's loggers beside ROS's `launch`.
+
+    Once `launch` is imported, new loggers do not pass records on to the root, where pytest listens.
+    """
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("surg_perception") and isinstance(logger, logging.Logger):
+            monkeypatch.setattr(logger, "propagate", True)
+    return caplog
 
 
 @pytest.fixture(scope="session")

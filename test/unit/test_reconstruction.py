@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -230,11 +229,7 @@ def test_an_epoch_has_each_clip_once_and_groups_grow_over_the_epochs() -> None:
     assert [places.count(length) for length in GROUP_LENGTHS] == [10, 10, 10, 0]
 
 
-def test_short_videos_are_left_out_and_said_so(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Beside ROS's `launch`, loggers do not pass records on to the root, where caplog listens.
-    monkeypatch.setattr(logging.getLogger(reconstruction_picture.__module__), "propagate", True)
+def test_short_videos_are_left_out_and_said_so(caplog: pytest.LogCaptureFixture) -> None:
     task = task_of(7, 8)
     assert [opened.name for opened in task.training] == ["v1"]
     assert "shorter than a clip of 8 s: v0" in caplog.text

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -230,8 +229,6 @@ def test_a_model_is_found_by_name_and_is_no_phase_model(tiny_surgllm: Path, monk
 def test_a_card_that_is_wrong_is_left_out_of_the_list_and_said_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Beside ROS's `launch`, loggers do not pass records on to the root, where caplog listens.
-    monkeypatch.setattr(logging.getLogger(list_surgllm.__module__), "propagate", True)
     monkeypatch.setenv("SURG_PERCEPTION_MODELS", str(tmp_path))
     for name, text in (("half", "architecture: surgllm"), ("phases", "name: phases")):
         (tmp_path / name).mkdir()
