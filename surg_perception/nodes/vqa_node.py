@@ -15,9 +15,10 @@ from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.action import ActionServer, CancelResponse
 from rclpy.callback_groups import ReentrantCallbackGroup
+from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CompressedImage, Image
 from surg_perception_msgs.action import Answer
-from surg_perception_msgs.msg import QuestionError
+from surg_perception_msgs.msg import QuestionAnswer, QuestionError
 from surg_perception_msgs.srv import Ask
 
 from surg_perception.nodes.lifecycle import ConfigureError, PerceptionNode, process_memory_mib, run, stamp_ns
@@ -72,6 +73,8 @@ class VqaNode(PerceptionNode):
         self.updater.add("images", self._image_diagnostics)
         self.updater.add("model", self._model_diagnostics)
         self.updater.add("questions", self._question_diagnostics)
+        # Not a lifecycle publisher: a question that finds the node inactive has ended too.
+        self._answered = self.create_publisher(QuestionAnswer, "~/answered", QoSProfile(depth=10))
         # A group of its own: the wait for an answer must hold up neither images nor the next question.
         group = ReentrantCallbackGroup()
         self.create_service(Ask, "ask", self._ask, callback_group=group)
@@ -231,12 +234,16 @@ class VqaNode(PerceptionNode):
         return question
 
     async def _outcome_of(self, question: Question) -> Outcome:
-        """Wait for its end and count it: here and not where it ends, so that one thread alone counts."""
+        """Wait for its end, count it and tell it: here and not where it ends, so that one thread alone counts."""
         await question.done
         outcome = question.outcome
         self._outcomes[CODE_NAMES[outcome.error_code]] += 1
         if outcome.error_code == QuestionError.NONE:
             self._last_answer = outcome
+        if self.context.ok():
+            told = _fill(QuestionAnswer(question=question.text), outcome)
+            told.header.stamp = self.get_clock().now().to_msg()
+            self._answered.publish(told)
         return outcome
 
     def _check(self, question: Question, request: Any) -> None:
