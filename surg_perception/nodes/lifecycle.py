@@ -16,10 +16,12 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticStatus
 from diagnostic_updater import Updater
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter as RosParameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.timer import Timer
 
 from surg_perception.nodes.parameter_table import Parameter, ParameterTable
 
@@ -37,7 +39,12 @@ class PerceptionNode(LifecycleNode):
     A subclass overrides `configure`, `activate`, `deactivate` and `cleanup`. An exception in configure or
     activate is logged with its reason, what was built is given back, and the transition fails, so that the node
     is back in its former state; it never ends the process.
+
+    Timers run by the steady clock: with use_sim_time the node's own clock stands still when /clock does, and silence
+    must be told then too.
     """
+
+    _steady_clock = Clock(clock_type=ClockType.STEADY_TIME)
 
     def __init__(self, table: ParameterTable, **kwargs: Any) -> None:
         super().__init__(table.node, namespace=kwargs.pop("namespace", None), **kwargs)
@@ -217,6 +224,18 @@ class PerceptionNode(LifecycleNode):
         return TransitionCallbackReturn.SUCCESS
 
     # Helpers --------------------------------------------------------------------------------------------------
+
+    def create_timer(
+        self, timer_period_sec: float, callback: Callable, callback_group: Any = None, clock: Any = None, **kwargs: Any
+    ) -> Timer:
+        """As rclpy's, by the steady clock unless another is given; the timer of the diagnostics comes from here too."""
+        return super().create_timer(timer_period_sec, callback, callback_group, clock or self._steady_clock, **kwargs)
+
+    @property
+    def clock_missing(self) -> bool:
+        """Whether the node waits for its first /clock (use_sim_time): its time is 0, and no age means anything."""
+        clock = self.get_clock()
+        return clock.ros_time_is_active and clock.now().nanoseconds == 0
 
     def _lifecycle_diagnostics(self, status: Any) -> Any:
         status.summary(DiagnosticStatus.OK, self.state_label)

@@ -237,7 +237,8 @@ PHASE = ParameterTable(
         Parameter(
             "state.max_age_s",
             0.5,
-            "State STALE when the image is older than this at publication, by the node's clock.",
+            "State STALE when the image is older than this at publication, by the node's clock, or stamped further "
+            "ahead of that clock.",
             minimum=0.001,
             maximum=3600.0,
             live=True,

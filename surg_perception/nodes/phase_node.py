@@ -42,7 +42,7 @@ from surg_perception.runtime.model_repository import ModelServer
 from surg_perception.stream.forecast import ForecastSettings
 from surg_perception.stream.image_decode import ImageError
 from surg_perception.stream.mailbox import Mailbox
-from surg_perception.stream.phase_pipeline import PhasePipeline, PhaseResult, PhaseSettings
+from surg_perception.stream.phase_pipeline import PhasePipeline, PhaseResult, PhaseSettings, PhaseState
 from surg_perception.stream.stage_clock import StageClock
 from surg_perception.stream.temporal_filter import FilterSettings
 from surg_perception.stream.temporal_head import TemporalHead
@@ -472,6 +472,8 @@ class PhaseNode(PerceptionNode):
                 try:
                     result = self._pipeline.process(message, stamp_ns=stamp_ns(message), age_s=self._age_s(message))
                     self._publish(arrival, started_s, result)
+                    if result.state == PhaseState.STALE:
+                        self.get_logger().warning(f"STALE: {self._why_stale()}", throttle_duration_sec=10.0)
                     self._consecutive_faults, self._fault = 0, ""
                     if self._forecast is not None:
                         self._forecast.offer(result, message.header)
@@ -483,6 +485,16 @@ class PhaseNode(PerceptionNode):
 
     def _age_s(self, message: Any) -> float:
         return (self.get_clock().now().nanoseconds - stamp_ns(message)) * 1e-9
+
+    def _why_stale(self) -> str:
+        if self.clock_missing:
+            return "use_sim_time is true, and nothing has come on /clock: play the bag with --clock"
+        latency_ms = self._latency_ms
+        where = f"{latency_ms / 1e3:.1f} s old" if latency_ms > 0 else f"{-latency_ms / 1e3:.1f} s ahead"
+        return (
+            f"images are {where} by their stamps: clocks differ, or a recording is played without use_sim_time:=true "
+            "and --clock"
+        )
 
     def _reject(self, error: ImageError) -> None:
         self._counts.rejected += 1
@@ -642,12 +654,8 @@ class PhaseNode(PerceptionNode):
             level = DiagnosticStatus.ERROR if run >= RUN_OF_SLOW_FRAMES else DiagnosticStatus.WARN
             limit_ms = self.values["diagnostics.slow_frame_ms"]
             status.summary(level, f"{run} frames in a row took over {limit_ms:.0f} ms")
-        elif self._latency_ms > self.values["state.max_age_s"] * 1e3:
-            status.summary(
-                DiagnosticStatus.WARN,
-                f"images are {self._latency_ms / 1e3:.1f} s old by their stamps: clocks differ, or a recording "
-                "is played without use_sim_time",
-            )
+        elif abs(self._latency_ms) > self.values["state.max_age_s"] * 1e3:
+            status.summary(DiagnosticStatus.WARN, self._why_stale())
         else:
             status.summary(DiagnosticStatus.OK, "images are processed")
         if self._rejected_because:

@@ -183,7 +183,8 @@ class PhasePipeline:
 
     def _process(self, frame: Bgr, stamp_ns: int, age_s: float | None, times: FrameTimes) -> PhaseResult:
         settings = self.settings
-        stale = age_s is not None and age_s > settings.max_age_s
+        # Stamped ahead of the clock: how old it truly is cannot be told, which is no better.
+        stale = age_s is not None and abs(age_s) > settings.max_age_s
         blank = is_blank(frame)
         times.lap("decode")
         probabilities, latent = (_NONE, None) if blank else self._infer(frame)

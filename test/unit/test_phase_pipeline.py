@@ -113,8 +113,10 @@ def test_low_confidence_is_uncertain_but_keeps_the_best_guess():
     assert pipeline(backend, uncertain_below=0.05).process(message(scene(2)), 0).state is PhaseState.OK
 
 
-@pytest.mark.parametrize(("age_s", "state"), [(None, 0), (-3.0, 0), (0.2, 0), (0.5, 0), (0.51, 2), (60.0, 2)])
-def test_an_old_image_is_stale(age_s, state):
+@pytest.mark.parametrize(
+    ("age_s", "state"), [(None, 0), (-3.0, 2), (-0.2, 0), (0.2, 0), (0.5, 0), (0.51, 2), (60.0, 2)]
+)
+def test_an_old_image_and_one_far_ahead_of_the_clock_are_stale(age_s, state):
     result = pipeline(max_age_s=0.5).process(message(scene(2)), 0, age_s)
     assert result.state == state
     assert result.phase_id == 2
