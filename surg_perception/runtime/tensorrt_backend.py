@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import ClassVar
 
@@ -11,10 +12,10 @@ from numpy.typing import NDArray
 
 from surg_perception.models import ModelCard
 from surg_perception.runtime.backend import Backend, BackendUnavailable, EngineMissing
-from surg_perception.runtime.cuda_device import CudaDevice
+from surg_perception.runtime.cuda_device import CudaDevice, CudaError
 from surg_perception.runtime.engine_build import EngineBuilder, cpu_engine, engine_key, on_frames
 from surg_perception.runtime.engine_cache import CacheError, EngineCache, EngineKey, Entry
-from surg_perception.runtime.tensorrt_layer import EngineError, EngineRunner, find_library
+from surg_perception.runtime.tensorrt_layer import EngineError, EngineRunner, UnfitEngine, find_library, lacks_memory
 
 _logger = logging.getLogger("surg_perception.runtime")
 
@@ -38,7 +39,7 @@ class TensorRtBackend(Backend):
             entry = self._find(cache, key)
             try:
                 self._runner = self._load(cache, entry)
-            except EngineError as error:
+            except UnfitEngine as error:
                 _logger.warning("engine %s is not used: %s", entry.path, error)
                 cache.remove(entry)
                 self._runner = self._load(cache, self._find(cache, key))
@@ -77,11 +78,28 @@ class TensorRtBackend(Backend):
         return entry
 
     def _load(self, cache: EngineCache, entry: Entry) -> EngineRunner:
-        runner = EngineRunner(self._library, entry.read(), self._cuda, cache.read_jit(entry))
+        try:
+            runner = EngineRunner(self._library, entry.read(), self._cuda, cache.read_jit(entry))
+        except UnfitEngine:
+            raise
+        except (EngineError, CudaError) as error:
+            raise BackendUnavailable(self._why_not_now(entry, error)) from error
         kernels = runner.kernels()
         if kernels is not None:
             cache.write_jit(entry, kernels)
         return runner
+
+    def _why_not_now(self, entry: Entry, error: Exception) -> str:
+        """What to say of a whole engine that does not load: the GPU is to blame, so the file stays."""
+        if not lacks_memory(error):
+            return f"{error}; the engine is kept ({entry.path}); build-engine --force makes it anew if this lasts"
+        used = ""
+        with contextlib.suppress(CudaError):  # a lost GPU does not say
+            used = f", {self._cuda.memory_used_mib()} of {self._cuda.gpu.memory_mib} MiB are in use"
+        return (
+            f"the GPU has no memory for the engine{used} ({error}); the engine is kept: end what else uses the GPU, "
+            "and configure again"
+        )
 
     def reference(self) -> Backend:
         engine: Backend = cpu_engine(self.card, self.threads)

@@ -26,6 +26,11 @@ FLAVOURS = ("tensorrt", "tensorrt_rtx")
 WORKSPACE_MIB = 1024
 RUN_TIMEOUT_S = 0.5
 _FIRST_RUN_TIMEOUT_S = 120.0  # TensorRT-RTX compiles its kernels then
+# What the library says of a file that no retry will load, and of a GPU that may do so later. The second outweighs the
+# first: after a failed allocation it reports a failed deserialization too.
+_UNFIT = re.compile(r"rebuild|compatible|version|magic|serialization assertion", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"out ?of ?memory|could not be allocated|MemoryAllocation", re.IGNORECASE)
+_DEVICE = re.compile(r"cuda (runtime|driver|error)|cudaError", re.IGNORECASE)
 _logger = logging.getLogger("surg_perception.runtime")
 
 Progress = Callable[[float, str], None]
@@ -34,6 +39,15 @@ Progress = Callable[[float, str], None]
 
 class EngineError(RuntimeError):
     """An engine could not be built or loaded; says what the library said."""
+
+
+class UnfitEngine(EngineError):
+    """A file that is no engine for this library and GPU, and never will be: of another version or GPU, or damaged."""
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an engine failed for want of memory on the GPU, which others may give back."""
+    return bool(_NO_MEMORY.search(str(error)))
 
 
 @dataclass(frozen=True)
@@ -214,7 +228,8 @@ class EngineRunner:
             jit: kernels that `kernels` gave at an earlier start (TensorRT-RTX).
 
         Raises:
-            EngineError: the engine does not load.
+            UnfitEngine: the engine is not one for this library and GPU.
+            EngineError: the engine does not load now.
             CudaError: the GPU fails.
         """
         self._cuda = cuda
@@ -235,7 +250,10 @@ class EngineRunner:
         self._runtime = _made(trt.Runtime(log), "a runtime", log)
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
-            raise EngineError(f"the engine does not load in {library.flavour} {library.version}: {log.text()}")
+            said = log.text()
+            passing = _NO_MEMORY.search(said) or _DEVICE.search(said)
+            kind = UnfitEngine if _UNFIT.search(said) and not passing else EngineError
+            raise kind(f"the engine does not load in {library.flavour} {library.version}: {said}")
         self._jit: Any = None
         if hasattr(self._engine, "create_runtime_config") and hasattr(trt, "IRuntimeCache"):
             config = self._engine.create_runtime_config()
@@ -255,7 +273,7 @@ class EngineRunner:
             name = self._engine.get_tensor_name(index)
             dtype, shape = self._engine.get_tensor_dtype(name), tuple(self._engine.get_tensor_shape(name))
             if dtype not in dtypes or min(shape) < 1:
-                raise EngineError(f"tensor {name!r} of the engine is {dtype} {list(shape)}, expected uint8 or float32")
+                raise UnfitEngine(f"tensor {name!r} of the engine is {dtype} {list(shape)}, expected uint8 or float32")
             host = self._pinned(shape, dtypes[dtype])
             address = self._device_memory(host.nbytes)
             if not self._context.set_tensor_address(name, address):
@@ -265,7 +283,7 @@ class EngineRunner:
             else:
                 self._outputs[name] = (host, address)
         if [host.shape for host, _ in self._inputs] != [(1, 224, 224, 3)]:
-            raise EngineError(
+            raise UnfitEngine(
                 f"the engine's inputs are {[h.shape for h, _ in self._inputs]}, expected (1, 224, 224, 3)"
             )
         self._log = log

@@ -28,7 +28,14 @@ from surg_perception.runtime.engine_build import EngineBuilder, Reference, Workb
 from surg_perception.runtime.engine_cache import EngineCache
 from surg_perception.runtime.engine_graph import engine_graph, rounding_shown
 from surg_perception.runtime.onnxruntime_backend import outputs_of
-from surg_perception.runtime.tensorrt_layer import EngineError, EngineRunner, Library, build_engine, find_library
+from surg_perception.runtime.tensorrt_layer import (
+    EngineError,
+    EngineRunner,
+    Library,
+    UnfitEngine,
+    build_engine,
+    find_library,
+)
 
 FAKES = Path(__file__).parent / "fake_nvidia"
 PATIENCE_S = 300.0
@@ -321,6 +328,53 @@ def test_a_call_that_fails_at_start_leaves_the_cpu_to_run_and_nothing_behind(
         assert any(note.startswith("tensorrt:CUDA") for note in opened.notes), opened.notes
         opened.infer(reference_frames()[0])
     assert state.nothing_held()
+
+
+@pytest.mark.parametrize(
+    "call", ["deserialize_cuda_engine", "create_execution_context", "cudaMalloc", "cudaHostAlloc", "cudaGraphLaunch"]
+)
+def test_an_engine_that_the_gpu_has_no_memory_for_is_kept(state: Any, card: ModelCard, call: str) -> None:
+    built(card)
+    (path,) = EngineCache().folder.glob("*.engine")
+    content = path.read_bytes()
+    state.fail(call, "cudaErrorMemoryAllocation")
+    with pytest.raises(BackendUnavailable, match=r"no memory for the engine, 2048 of 8192 MiB are in use \(.*is kept"):
+        open_backend(card, "tensorrt", allow_fallback=False, threads=1, builder=EngineBuilder(niceness=0))
+    assert path.read_bytes() == content
+    assert state.nothing_held()
+    with open_backend(card, "tensorrt", allow_fallback=False, threads=1) as opened:
+        assert opened.name == "tensorrt:CUDA:fp32", "once there is memory again"
+
+
+def test_an_engine_that_a_lost_gpu_does_not_load_is_kept(state: Any, card: ModelCard) -> None:
+    built(card)
+    state.fail("cudaStreamQuery", "cudaErrorLaunchFailure")
+    with pytest.raises(BackendUnavailable, match=r"cudaErrorLaunchFailure; the engine is kept \(.*\.engine\)"):
+        open_backend(card, "tensorrt", allow_fallback=False, threads=1)
+    assert list(EngineCache().folder.glob("*.engine"))
+
+
+@pytest.mark.parametrize(
+    ("said", "unfit"),
+    [
+        ("The engine plan file is not compatible with this version of TensorRT, expecting library version 8.6.1", True),
+        ("The engine plan file is generated on an incompatible device, expecting compute 8.6 got compute 7.5", True),
+        ("Error Code 1: Serialization (Serialization assertion stdVersionRead == kVERSION failed.)", True),
+        ("Error Code 1: Cuda Runtime (out of memory); Error Code 4: (Engine deserialization failed, rebuild)", False),
+        ("Requested amount of GPU memory (1074790400 bytes) could not be allocated; version tag", False),
+        ("cudaError 35: CUDA driver version is insufficient for CUDA runtime version", False),
+        ("it gave no reason", False),
+    ],
+)
+def test_only_what_no_retry_loads_is_unfit(
+    state: Any, card: ModelCard, monkeypatch: pytest.MonkeyPatch, said: str, unfit: bool
+) -> None:
+    library = find_library("tensorrt")
+    monkeypatch.setattr(library.module.Runtime, "deserialize_cuda_engine", lambda self, engine: self._log.log(1, said))
+    with pytest.raises(EngineError) as failed:
+        EngineRunner(library, b"engine", CudaDevice())
+    assert isinstance(failed.value, UnfitEngine) == unfit
+    assert said in str(failed.value)
 
 
 @pytest.mark.parametrize("captured", [True, False])

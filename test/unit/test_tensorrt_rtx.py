@@ -14,12 +14,12 @@ import pytest
 from onnx_graphs import SmallNetwork, graph_of, write_folder
 
 from surg_perception.models import find_model
-from surg_perception.runtime import BackendUnavailable
+from surg_perception.runtime import BackendUnavailable, tensorrt_layer
 from surg_perception.runtime.cuda_device import Gpu
 from surg_perception.runtime.engine_build import engine_key
 from surg_perception.runtime.engine_cache import EngineCache
 from surg_perception.runtime.engine_graph import engine_graph
-from surg_perception.runtime.tensorrt_layer import EngineError, build_engine, find_library
+from surg_perception.runtime.tensorrt_layer import EngineError, EngineRunner, build_engine, find_library
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -51,6 +51,12 @@ def test_what_it_cannot_read_is_said(tmp_path: Path) -> None:
     model.graph.output.append(onnx.helper.make_tensor_value_info("turned", onnx.TensorProto.UINT8, [1, 3, 224, 224]))
     with pytest.raises(EngineError, match=r"tensorrt_rtx .* cannot read the graph: .*Transpose"):
         build_engine(find_library("tensorrt_rtx"), model.SerializeToString(), ("sm86",), lambda done, phase: None)
+
+
+def test_a_stranger_is_known_by_what_it_says() -> None:
+    with pytest.raises(EngineError, match="Serialization assertion") as failed:
+        EngineRunner(find_library("tensorrt_rtx"), b"stranger" * 100, None)
+    assert tensorrt_layer._UNFIT.search(str(failed.value))
 
 
 def test_targets_are_those_that_the_library_has(tmp_path: Path) -> None:

@@ -177,7 +177,13 @@ def made(version: str) -> ModuleType:
             self._log = log
 
         def deserialize_cuda_engine(self, engine: bytes) -> Any:
+            from cuda.bindings.runtime import state
+
             head = _MAGIC + version.encode() + b"\n"
+            if state.outcome("deserialize_cuda_engine"):  # as TensorRT says it, one after the other
+                self._log.log(ILogger.Severity.ERROR, "Error Code 1: Cuda Runtime (out of memory)")
+                self._log.log(ILogger.Severity.ERROR, "Error Code 4: Internal Error (Engine deserialization failed.)")
+                return None
             if not engine.startswith(head):
                 self._log.log(ILogger.Severity.ERROR, "the engine was built by another version")
                 return None
@@ -186,6 +192,8 @@ def made(version: str) -> ModuleType:
     class Engine:
         def __init__(self, graph: bytes, log: Any) -> None:
             import onnxruntime
+
+            self._log = log
 
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads, options.log_severity_level = 1, 3
@@ -214,7 +222,10 @@ def made(version: str) -> ModuleType:
             from cuda.bindings.runtime import state
 
             # The library's own device memory.
-            return None if state.outcome("create_execution_context") else Context(self)
+            if state.outcome("create_execution_context"):
+                self._log.log(ILogger.Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was 8388608 bytes.)")
+                return None
+            return Context(self)
 
     class Context:
         def __init__(self, engine: Engine) -> None:
