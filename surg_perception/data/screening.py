@@ -13,7 +13,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from surg_perception.data.video_survey import Survey
+from surg_perception.data.video_survey import FrameStatistics, Survey
 
 _TISSUE_SHARE = 0.25
 _MIXED_TISSUE_SHARE, _MIXED_COOL_SHARE = 0.48, 0.30
@@ -63,14 +63,22 @@ def views(survey: Survey) -> NDArray[np.int8]:
     - out of body: less than a quarter of the lit picture has the colour of tissue; or less than a half, and a third
       is bluish (drapes, the room, the white inside of a trocar).
     """
-    tissue, cool, smooth, edges = (survey.column(name) for name in ("tissue", "cool", "smooth", "edges"))
-    found = np.full(len(survey.times_s), View.IN_BODY, np.int8)
+    return _judged(survey.statistics, _still(survey))
+
+
+def view(statistics: FrameStatistics) -> View:
+    """What one picture shows, judged as `views` does, without the pictures around it."""
+    return View(int(_judged(np.array([statistics], np.float32), np.zeros(1, np.bool_))[0]))
+
+
+def _judged(statistics: NDArray[np.float32], still: NDArray[np.bool_]) -> NDArray[np.int8]:
+    lit, tissue, cool, flat, smooth, edges = statistics[:, :6].T
+    found = np.full(len(statistics), View.IN_BODY, np.int8)
     found[(tissue < _TISSUE_SHARE) | ((tissue < _MIXED_TISSUE_SHARE) & (cool >= _MIXED_COOL_SHARE))] = View.OUT_OF_BODY
     text = (smooth >= _TEXT_SMOOTH) & (edges >= _TEXT_EDGES)
     sparse = (smooth >= _SPARSE_SMOOTH) & (edges >= _NO_EDGES)
-    found[text | sparse | _still(survey)] = View.TITLE_CARD
-    plain = (survey.column("lit") < _BLANK_LIT) | (survey.column("flat") >= _BLANK_FLAT)
-    found[plain & (edges < _NO_EDGES)] = View.BLANK
+    found[text | sparse | still] = View.TITLE_CARD
+    found[((lit < _BLANK_LIT) | (flat >= _BLANK_FLAT)) & (edges < _NO_EDGES)] = View.BLANK
     return found
 
 

@@ -334,7 +334,7 @@ def _hash(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.packbits(imagehash.phash(Image.fromarray(small), hash_size=_HASH_SIDE).hash)
 
 
-def _colours(levels: NDArray[np.float32]) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+def colours(levels: NDArray[np.float32]) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
     """Masks of lit, tissue-coloured and bluish pixels of BGR [h, w, 3], as FrameStatistics has them."""
     blue, green, red = levels[..., 0], levels[..., 1], levels[..., 2]
     total = levels.sum(axis=2) + 1.0
@@ -343,8 +343,13 @@ def _colours(levels: NDArray[np.float32]) -> tuple[NDArray[np.bool_], NDArray[np
 
 
 def _tissue_share(bgr: Bgr) -> float:
-    lit, tissue, _ = _colours(cv2.resize(bgr, _PICTURE, interpolation=cv2.INTER_AREA).astype(np.float32))
+    lit, tissue, _ = colours(cv2.resize(bgr, _PICTURE, interpolation=cv2.INTER_AREA).astype(np.float32))
     return float(tissue.sum() / max(1, int(lit.sum())))
+
+
+def picture_statistics(bgr: Bgr) -> FrameStatistics:
+    """Of one picture uint8 BGR [H, W, 3] by itself: its `change` is NaN."""
+    return _statistics(bgr, np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), np.uint8), None)[0]
 
 
 def _statistics(
@@ -352,7 +357,7 @@ def _statistics(
 ) -> tuple[FrameStatistics, NDArray[np.float32]]:
     small = np.asarray(cv2.resize(bgr, _PICTURE, interpolation=cv2.INTER_AREA), np.uint8)
     levels = small.astype(np.float32)
-    lit, tissue, cool = _colours(levels)
+    lit, tissue, cool = colours(levels)
 
     bins = (small >> 4).astype(np.int32)
     codes = (bins[..., 0] << 8) | (bins[..., 1] << 4) | bins[..., 2]
