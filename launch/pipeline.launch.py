@@ -2,21 +2,23 @@
 """The pipeline: endoscope images in, surgical phase and latent features out.
 
     ros2 launch surg_perception pipeline.launch.py image:=/endoscope/left/image_raw model:=/models/my_gsvit
+    ros2 launch surg_perception pipeline.launch.py cameras:="{left: /left/image_raw, right: /right/image_raw}"
 
-Starts `phase` and `vqa` (questions about the images), on request `overlay` (pictures to look at) and `source` (a video
-or the phantom instead of a camera), and brings their lifecycles up, the source's last: images flow only when everything
-that reads them is ready. The model of `vqa` is loaded in the background; nothing waits for it.
+Starts `phase` and `vqa` (questions about the images), on request `overlay` (pictures to look at), `gate` (the example
+consumer) and `source` (a video or the phantom instead of a camera), and brings their lifecycles up, the source's last:
+images flow only when everything that reads them is ready. The model of `vqa` is loaded in the background; nothing waits
+for it. With several cameras each has all of this in a namespace of its own, and one that fails leaves the others alone.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
 from ament_index_python.packages import get_package_share_directory
 from launch import LaunchContext, LaunchDescription
 from launch.actions import (
@@ -42,18 +44,10 @@ from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import GetState
 from rclpy.client import Client
 
+from surg_perception.nodes.dds_profile import ALLOCATOR, profile_environment
 from surg_perception.nodes.parameter_table import PHASE
 
 SHARE = Path(get_package_share_directory("surg_perception"))
-PROFILE = SHARE / "config" / "fastdds_large_images.xml"
-PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
-
-# glibc gives large freed blocks back to the kernel at once; each image then costs 6 MB of page faults again.
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**31),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
 
 AS_PARAMS_FILE = "(empty: as in params_file)"
 
@@ -65,6 +59,20 @@ ARGUMENTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         "image",
         "Topic of the endoscope images (sensor_msgs/Image); compressed images are expected at <image>/compressed.",
         (),
+    ),
+    (
+        "cameras",
+        "",
+        "Several cameras, as YAML or a file of it: {name: topic, ...} or {name: {image: topic, argument: value, ...}, "
+        "...} with this file's own arguments. Each gets all nodes in <namespace>/<name>. Empty: one, as image says.",
+        (),
+    ),
+    (
+        "on_failure",
+        "auto",
+        "stop: a node that cannot be brought up, or a phase node that dies, ends the launch; go_on: it is said, and "
+        "the rest goes on; auto: stop, with several cameras go_on.",
+        ("auto", "stop", "go_on"),
     ),
     ("transport", "raw", "Which of the two the nodes subscribe to.", ("raw", "compressed")),
     ("params_file", str(SHARE / "config" / "pipeline.yaml"), "Parameters of all nodes (YAML).", ()),
@@ -81,6 +89,13 @@ ARGUMENTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         ("", *PHASE["runtime.backend"].choices),
     ),
     ("precision", "", f"Arithmetic of the network {AS_PARAMS_FILE}.", ("", *PHASE["runtime.precision"].choices)),
+    (
+        "threads",
+        "",
+        "CPU threads of the phase node's inference, 0: the engine chooses (empty: as in params_file; with several "
+        "cameras an equal share of the cores).",
+        (),
+    ),
     ("server_url", "", f"Model server, grpc://host:port or grpcs://host:port {AS_PARAMS_FILE}.", ()),
     (
         "allow_fallback",
@@ -109,10 +124,17 @@ ARGUMENTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ),
     ("overlay_image", "", "Write the newest overlay to this PNG file. Empty: not written.", ()),
     (
-        "vqa",
-        "true",
-        "Start the node that answers questions; without its model it answers NOT_AVAILABLE.",
+        "gate",
+        "false",
+        "Start the example consumer, which says on gate/trust whether a controller may use the phase.",
         ("true", "false"),
+    ),
+    (
+        "vqa",
+        "auto",
+        "Start the node that answers questions (1.3 GiB with its model; without it the answer is NOT_AVAILABLE); auto: "
+        "true, with several cameras false.",
+        ("auto", "true", "false"),
     ),
     ("vqa_model", "", f"Model that answers questions, name or folder {AS_PARAMS_FILE}.", ()),
     ("vqa_threads", "", f"CPU threads of that model, 0: PyTorch chooses {AS_PARAMS_FILE}.", ()),
@@ -135,6 +157,7 @@ OVERRIDES: dict[str, tuple[str, str, type]] = {
     "model": ("phase", "model.path", str),
     "backend": ("phase", "runtime.backend", str),
     "precision": ("phase", "runtime.precision", str),
+    "threads": ("phase", "runtime.threads", int),
     "server_url": ("phase", "runtime.server_url", str),
     "allow_fallback": ("phase", "runtime.allow_fallback", bool),
     "source": ("source", "source", str),
@@ -156,13 +179,14 @@ OVERRIDES: dict[str, tuple[str, str, type]] = {
 class BringUp:
     """Drives the lifecycles: configure each node when its process starts, activate them in order.
 
-    A node that cannot be configured or activated ends the launch with a non-zero exit code. With respawn a node
-    that comes back is brought up again.
+    A node that cannot be configured or activated ends the launch with a non-zero exit code, or where it is to go on,
+    is named as an error. With respawn a node that comes back is brought up again.
     """
 
-    def __init__(self, nodes: list[LifecycleNode], respawn: bool) -> None:
+    def __init__(self, nodes: list[LifecycleNode], respawn: bool, go_on: bool) -> None:
         self.nodes = nodes
         self.respawn = respawn
+        self.go_on = go_on
         self.state = ["starting"] * len(nodes)
         self.answer = [""] * len(nodes)
         self.clients: dict[int, Client] = {}
@@ -222,11 +246,11 @@ class BringUp:
         def check(event: ProcessExited, context: LaunchContext) -> None:
             if context.is_shutdown or self.respawn:
                 return
-            name = self.nodes[i].node_name
+            ended = f"{self.nodes[i].node_name} ended with exit status {event.returncode}"
             # The pipeline is of no use without phase; without pictures to look at, or answers, it is.
-            if i == 0 or "active" not in self.state[i]:
-                raise RuntimeError(f"{name} ended with exit status {event.returncode}: its output above says why")
-            get_logger("launch").error(f"{name} ended with exit status {event.returncode}; the rest goes on")
+            if (i == 0 or "active" not in self.state[i]) and not self.go_on:
+                raise RuntimeError(f"{ended}: its output above says why")
+            get_logger("launch").error(f"{ended}; the rest goes on")
 
         return check
 
@@ -235,9 +259,11 @@ class BringUp:
         before, self.state[i] = event.start_state, event.goal_state
         if (before, event.goal_state) in (("configuring", "unconfigured"), ("activating", "inactive")):
             verb = "configured" if before == "configuring" else "activated"
-            raise RuntimeError(
-                f"{self.nodes[i].node_name} could not be {verb}: its own message above says why. Stopping the pipeline"
-            )
+            failed = f"{self.nodes[i].node_name} could not be {verb}: its own message above says why"
+            if not self.go_on:
+                raise RuntimeError(f"{failed}. Stopping the pipeline")
+            get_logger("launch").error(f"{failed}. The rest goes on")
+            return []
         if before not in ("configuring", "activating"):
             return []
         for j, state in enumerate(self.state):
@@ -251,52 +277,73 @@ class BringUp:
 
 def dds_environment() -> list[Entity]:
     """Environment that lets large images through, where the user has not chosen otherwise."""
-    actions: list[Entity] = [
-        SetEnvironmentVariable(name, value) for name, value in ALLOCATOR.items() if name not in os.environ
-    ]
-    chosen = [name for name in PROFILE_VARIABLES if os.environ.get(name)]
-    if chosen:
-        return [
-            *actions,
-            LogInfo(msg=f"Fast DDS profile of the environment is used: {os.environ[chosen[0]]}"),
-        ]
-    profile, note = sized_profile()
-    if note:
-        actions.append(LogInfo(msg=note))
-    return actions + [SetEnvironmentVariable(name, str(profile)) for name in PROFILE_VARIABLES]
-
-
-def sized_profile() -> tuple[Path, str]:
-    """The shipped profile, or a copy whose shared-memory segment fits a small /dev/shm (as containers have)."""
-    text = PROFILE.read_text()
-    match = re.search(r"<segment_size>(\d+)</segment_size>", text)
-    wanted = int(match.group(1)) if match else 0
-    try:
-        fits = shutil.disk_usage("/dev/shm").free // 6
-    except OSError:
-        fits = wanted
-    if fits >= wanted:
-        return PROFILE, ""
-    size = max(fits, 2**20) // 2**20 * 2**20
-    folder = Path(tempfile.mkdtemp(prefix="surg_perception_"))
-    copy = folder / PROFILE.name
-    copy.write_text(text.replace(f"<segment_size>{wanted}<", f"<segment_size>{size}<"))
-    return copy, (
-        f"/dev/shm is small: {size >> 20} MiB of shared memory a process instead of {wanted >> 20}; large raw images "
-        "may be lost. Give the container more (docker run --shm-size=1g) or use transport:=compressed"
-    )
+    allocator = {name: value for name, value in ALLOCATOR.items() if name not in os.environ}
+    profile, note = profile_environment()
+    variables = [SetEnvironmentVariable(name, value) for name, value in {**allocator, **profile}.items()]
+    return [*variables, *([LogInfo(msg=note)] if note else [])]
 
 
 def truth(text: str) -> bool:
     return text.lower() in ("true", "1", "yes", "on")
 
 
+def read_cameras(text: str) -> dict[str, dict[str, str]]:
+    """The argument `cameras`: name to the launch arguments of that camera alone; RuntimeError says what is wrong."""
+    expected = "expected {name: topic, ...} or {name: {image: topic, ...}, ...}"
+    try:
+        content = Path(text).read_text() if not text.lstrip().startswith("{") else text
+        root = yaml.compose(content, yaml.SafeLoader)
+        cameras = yaml.safe_load(content)
+    except (OSError, yaml.YAMLError) as error:
+        raise RuntimeError(f"cameras:={text}: {' '.join(str(error).split())}; {expected}, or a file of it") from None
+    if not isinstance(cameras, dict) or not cameras:
+        raise RuntimeError(f"cameras:={text}: {expected}")
+    choices = {name: choices for name, _, _, choices in ARGUMENTS if name not in SHARED}
+    names = [key.value for key, _ in root.value]
+    result: dict[str, dict[str, str]] = {}
+    for name, own in cameras.items():
+        where = f"cameras:={text}: camera {name!r}"
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*(/[A-Za-z][A-Za-z0-9_]*)*", str(name)) or "__" in str(name):
+            raise RuntimeError(f"{where}: a name is letters, digits and single _, from a letter on, with / between")
+        if names.count(name) > 1:
+            raise RuntimeError(f"{where} is there {names.count(name)} times, expected once")
+        own = {"image": own} if isinstance(own, str) else own or {}
+        if not isinstance(own, dict):
+            raise RuntimeError(f"{where} is {own!r}; {expected}")
+        for key, value in own.items():
+            if key not in choices:
+                close = difflib.get_close_matches(str(key), choices, n=1)
+                hint = f"; did you mean {close[0]}?" if close else f"; expected any of {', '.join(choices)}"
+                raise RuntimeError(f"{where}: {key} is no argument of one camera{hint}")
+            own[key] = str(value).lower() if isinstance(value, bool) else str(value)
+            if choices[key] and own[key] not in choices[key]:
+                raise RuntimeError(f"{where}: {key} is {value!r}, expected one of: {', '.join(choices[key])}")
+        result[name] = own
+    return result
+
+
 def pipeline(context: LaunchContext) -> list[Entity]:
     argument = {name: LaunchConfiguration(name).perform(context) for name, *_ in ARGUMENTS}
+    entities = dds_environment() if truth(argument["dds_profile"]) else []
+    if not argument["cameras"]:
+        return [*entities, *camera_nodes(argument, go_on=argument["on_failure"] == "go_on")]
+    cameras = read_cameras(argument["cameras"])
+    several = {"threads": argument["threads"] or str(max(1, len(os.sched_getaffinity(0)) // len(cameras)))}
+    several["vqa"] = "false" if argument["vqa"] == "auto" else argument["vqa"]
+    for name, own in cameras.items():
+        namespace = f"{argument['namespace'].rstrip('/')}/{name}"
+        entities += camera_nodes(
+            {**argument, **several, **own, "namespace": namespace}, go_on=argument["on_failure"] != "stop"
+        )
+    return entities
+
+
+def camera_nodes(argument: dict[str, str], go_on: bool) -> list[Entity]:
+    """The nodes of one camera and what brings them up."""
     if not Path(argument["params_file"]).is_file():
         raise RuntimeError(f"params_file:={argument['params_file']}: there is no such file")
 
-    overrides: dict[str, dict[str, object]] = {"phase": {}, "overlay": {}, "source": {}, "vqa": {}}
+    overrides: dict[str, dict[str, object]] = {"phase": {}, "overlay": {}, "gate": {}, "source": {}, "vqa": {}}
     for name, (node, parameter, kind) in OVERRIDES.items():
         text = argument[name]
         if text == "":
@@ -312,7 +359,9 @@ def pipeline(context: LaunchContext) -> list[Entity]:
     names = ["phase"]
     if truth(argument["overlay"]) or argument["overlay_video"] or argument["overlay_image"]:
         names.append("overlay")
-    if truth(argument["vqa"]):
+    if truth(argument["gate"]):
+        names.append("gate")
+    if argument["vqa"] != "false":
         names.append("vqa")
     if argument["source"]:
         names.append("source")
@@ -335,8 +384,7 @@ def pipeline(context: LaunchContext) -> list[Entity]:
         )
         for name in names
     ]
-    environment = dds_environment() if truth(argument["dds_profile"]) else []
-    return [*environment, *BringUp(nodes, truth(argument["respawn"])).handlers(), *nodes]
+    return [*BringUp(nodes, truth(argument["respawn"]), go_on).handlers(), *nodes]
 
 
 def generate_launch_description() -> LaunchDescription:
