@@ -42,6 +42,7 @@ setup(
             "surg-perception = surg_perception.cli.main:main",
             "source_node = surg_perception.nodes.source_node:main",
             "phase_node = surg_perception.nodes.phase_node:main",
+            "gate_node = surg_perception.nodes.gate_node:main",
             "monitor = surg_perception.nodes.monitor:main",
             "overlay_node = surg_perception.nodes.overlay_node:main",
             "vqa_node = surg_perception.nodes.vqa_node:main",

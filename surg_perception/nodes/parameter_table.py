@@ -456,4 +456,87 @@ VQA = ParameterTable(
     ordered=(("window.default_s", "buffer.length_s"),),
 )
 
-TABLES = {table.node: table for table in (PHASE, OVERLAY, SOURCE, VQA)}
+GATE = ParameterTable(
+    "gate",
+    (
+        Parameter(
+            "input.deadline_s",
+            1.0,
+            "Silence on the phase topic for longer than this ends trust; asked of the publisher as deadline and as "
+            "liveliness lease, and watched by the steady clock too. At least the phase node's output.deadline_s, or "
+            "nothing is received.",
+            minimum=0.1,
+            maximum=3600.0,
+        ),
+        Parameter(
+            "max_age_s",
+            0.5,
+            "A phase whose stamp is older than this is not trusted, by the node's clock.",
+            minimum=0.001,
+            maximum=3600.0,
+            live=True,
+        ),
+        Parameter(
+            "max_ahead_s",
+            0.05,
+            "So far may a stamp be ahead of the node's clock: how well the clocks of camera and controller agree.",
+            minimum=0.0,
+            maximum=60.0,
+            live=True,
+        ),
+        Parameter(
+            "confidence.leave_below",
+            0.6,
+            "Confidence below this ends trust.",
+            minimum=0.0,
+            maximum=1.0,
+            live=True,
+        ),
+        Parameter(
+            "confidence.return_above",
+            0.7,
+            "Confidence below this does not count towards new trust.",
+            minimum=0.0,
+            maximum=1.0,
+            live=True,
+        ),
+        Parameter(
+            "hold_s",
+            1.0,
+            "For so long, by image stamps, a phase must hold without a fault before it is trusted.",
+            minimum=0.0,
+            maximum=3600.0,
+            live=True,
+        ),
+        Parameter(
+            "hold_messages",
+            5,
+            "And over so many messages in a row.",
+            minimum=1,
+            maximum=10000,
+            live=True,
+        ),
+        Parameter(
+            "model.id",
+            "",
+            "The only model to be trusted, as model_id of the phase messages says it (name@sha256 prefix). Empty: the "
+            "first one that is trusted after activation. Set it to accept another model while running.",
+            live=True,
+        ),
+        Parameter(
+            "latent.required",
+            False,
+            "Trust only while latent features of the same model, not older than max_age_s, come too.",
+        ),
+        Parameter(
+            "output.deadline_s",
+            0.5,
+            "Deadline that the trust publisher offers; it publishes at every change and five times in this time.",
+            minimum=0.05,
+            maximum=3600.0,
+        ),
+    ),
+    ordered=(("confidence.leave_below", "confidence.return_above"),),
+)
+
+TABLES = {table.node: table for table in (PHASE, OVERLAY, SOURCE, VQA, GATE)}
