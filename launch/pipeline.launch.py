@@ -50,6 +50,8 @@ from surg_perception.nodes.parameter_table import PHASE
 SHARE = Path(get_package_share_directory("surg_perception"))
 
 AS_PARAMS_FILE = "(empty: as in params_file)"
+SHARED = ("namespace", "cameras", "on_failure", "dds_profile")
+"""Arguments of the whole launch, which a camera cannot have for itself."""
 
 # name, default, description, choices
 ARGUMENTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
