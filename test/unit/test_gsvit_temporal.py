@@ -9,16 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
-from surg_perception.models import ModelError
-from surg_perception.stream.temporal_head import TemporalHead
-
-torch = pytest.importorskip("torch")
-
-from surg_perception.gsvit import temporal as temporal_module  # noqa: E402
-from surg_perception.gsvit.calibration import best_temperature  # noqa: E402
-from surg_perception.gsvit.temporal import (  # noqa: E402
+from surg_perception.gsvit import temporal as temporal_module
+from surg_perception.gsvit.calibration import best_temperature
+from surg_perception.gsvit.temporal import (
     LatentSequence,
     TemporalConfig,
     TemporalNetwork,
@@ -27,6 +23,8 @@ from surg_perception.gsvit.temporal import (  # noqa: E402
     save_temporal,
     train_temporal,
 )
+from surg_perception.models import ModelError
+from surg_perception.stream.temporal_head import TemporalHead
 
 FEATURES, CLASSES = 6, 4
 # Videos that begin anywhere (cut) or in excerpts (gaps) would take the history that these tests are about.

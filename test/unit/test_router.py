@@ -10,8 +10,6 @@ import pytest
 from numpy.typing import NDArray
 from surgllm_sentences import OTHERS_ALLOWED, OTHERS_DECLINED, PARAPHRASES, template_questions
 
-pytest.importorskip("transformers")
-
 from surg_perception.surgllm.base_models import BaseModelMissing
 from surg_perception.surgllm.question_check import QuestionRefused, check_question
 from surg_perception.surgllm.router import NO_TASK, Router, RouterError
