@@ -47,5 +47,7 @@ setup(
             "overlay_node = surg_perception.nodes.overlay_node:main",
             "vqa_node = surg_perception.nodes.vqa_node:main",
         ],
+        # The name is the module's, so that pytest takes `-p surg_perception.testing` for the same plugin.
+        "pytest11": ["surg_perception.testing = surg_perception.testing"],
     },
 )

@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="where pictures go (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
-    from surg_perception.cli import ask, build_engine, data, evaluate, export, train
+    from surg_perception.cli import ask, build_engine, data, evaluate, export, replay, train
 
     ask.add_parser(verbs)
     data.add_parser(verbs)
@@ -106,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_parser(verbs)
     export.add_parser(verbs)
     build_engine.add_parser(verbs)
+    replay.add_parser(verbs)
 
     models = verbs.add_parser("models", help="list, show, verify, import and fetch models")
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")

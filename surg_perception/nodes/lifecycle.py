@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import resource
 import sys
 import threading
@@ -25,7 +24,6 @@ from rclpy.timer import Timer
 
 from surg_perception.nodes.parameter_table import Parameter, ParameterTable
 
-_NOT_OURS = ("use_sim_time", "start_type_description_service", "qos_overrides.")
 _CONFIGURED = ("inactive", "active")
 
 
@@ -94,12 +92,8 @@ class PerceptionNode(LifecycleNode):
         self.values[parameter.name] = value
 
     def _warn_unknown(self) -> None:
-        for name in self._parameter_overrides:
-            if name in self.table or name.startswith(_NOT_OURS) or name.startswith("diagnostic_updater."):
-                continue
-            close = difflib.get_close_matches(name, self.table.defaults, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            self.get_logger().warning(f"unknown parameter '{name}' is ignored{hint}")
+        for text in self.table.unknown(self._parameter_overrides):
+            self.get_logger().warning(f"ignored: {text}")
 
     def _validate(self, parameters: list[RosParameter]) -> SetParametersResult:
         ours = {p.name: p.value for p in parameters if p.name in self.table}

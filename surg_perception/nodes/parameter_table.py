@@ -8,13 +8,17 @@ This module imports no ROS.
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from surg_perception.stream.image_decode import MAX_PIXELS
 
 Value = bool | int | float | str
+
+_NOT_OURS = ("use_sim_time", "start_type_description_service", "qos_overrides.", "diagnostic_updater.")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,31 @@ class ParameterTable:
     def defaults(self) -> dict[str, Value]:
         """Name to default value, in the order of the table."""
         return {parameter.name: parameter.default for parameter in self.parameters}
+
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """What to say of each of these names that is no parameter of this node or of every ROS node."""
+        texts = []
+        for name in names:
+            if name in self or name.startswith(_NOT_OURS):
+                continue
+            close = difflib.get_close_matches(name, self.defaults, n=1)
+            texts.append(f"unknown parameter '{name}'" + (f"; did you mean '{close[0]}'?" if close else ""))
+        return texts
+
+    def with_defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The full set of values of a node that is given these parameters.
+
+        Raises:
+            ValueError: every value that cannot be used, and why.
+        """
+        ours = {name: value for name, value in given.items() if name in self}
+        faults = [fault for name, value in ours.items() if (fault := self[name].fault(value))]
+        if not faults:
+            values = {**self.defaults, **{name: type(self[name].default)(value) for name, value in ours.items()}}
+            if (fault := self.fault(values)) is None:
+                return values
+            faults = [fault]
+        raise ValueError("; ".join(faults))
 
     def fault(self, values: dict[str, Any]) -> str | None:
         """Why this full set of values cannot be used together, or None."""

@@ -11,7 +11,6 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.duration import Duration
@@ -34,17 +33,24 @@ from surg_perception.nodes.lifecycle import (
 )
 from surg_perception.nodes.model_switch import LoadedModel, ModelSwitch, Refusal
 from surg_perception.nodes.parameter_table import PHASE
+from surg_perception.phase_setup import open_phase_backend
 from surg_perception.procedures import resolve_model
 from surg_perception.runtime.backend import BACKENDS, Backend, BackendUnavailable, InferenceError, open_backend
 from surg_perception.runtime.engine_build import EngineBuilder
 from surg_perception.runtime.forecast import ForecastBackend, open_forecast
-from surg_perception.runtime.model_repository import ModelServer
 from surg_perception.stream.forecast import ForecastSettings
 from surg_perception.stream.image_decode import ImageError
 from surg_perception.stream.mailbox import Mailbox
-from surg_perception.stream.phase_pipeline import PhasePipeline, PhaseResult, PhaseSettings, PhaseState
+from surg_perception.stream.phase_message import (
+    Counts,
+    LatentFields,
+    blank_fields,
+    labels_fields,
+    phase_fields,
+    phase_settings,
+)
+from surg_perception.stream.phase_pipeline import PhasePipeline, PhaseResult, PhaseState
 from surg_perception.stream.stage_clock import StageClock
-from surg_perception.stream.temporal_filter import FilterSettings
 from surg_perception.stream.temporal_head import TemporalHead
 
 try:
@@ -57,22 +63,10 @@ try:  # published beside our own message where it is installed
 except ImportError:
     Classification = None
 
-FILTER_PARAMETERS = ("time_constant_s", "switch_margin", "hold_s", "reset_gap_s")
 RUN_OF_SLOW_FRAMES = 5
 """So many slow frames in a row are an ERROR in diagnostics, fewer a WARN."""
 FAULTS_BEFORE_FALLBACK = 3
 """After so many failed inferences in a row the backend is replaced, where allowed; after one if its GPU failed."""
-
-
-@dataclass
-class Counts:
-    """Frames since activation."""
-
-    received: int = 0
-    processed: int = 0
-    rejected: int = 0
-    lost: int = 0
-    faults: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,7 +165,7 @@ class PhaseNode(PerceptionNode):
             # Checks that head and model belong together.
             PhasePipeline(backend, card.labels.names, temporal=temporal)
             forecast = self._open_forecast(card, backend)
-            return LoadedModel(card, backend, temporal, forecast, _labels_of(card, backend))
+            return LoadedModel(card, backend, temporal, forecast, PhaseLabels(**labels_fields(card, backend.name)))
         except BaseException:
             backend.close()
             raise
@@ -184,20 +178,7 @@ class PhaseNode(PerceptionNode):
         """A backend that has passed its check; builds its engine first where parameters and `build` let it."""
         v = self.values
         self._builder = EngineBuilder(self.get_logger().info) if build and v["engine.build"] == "configure" else None
-        server = None
-        if v["runtime.server_url"] and v["runtime.backend"] in ("auto", "triton"):
-            server = ModelServer(v["runtime.server_url"], v["runtime.server_timeout_s"], v["runtime.server_version"])
-        backend = open_backend(
-            card,
-            backend=name,
-            precision=v["runtime.precision"],
-            allow_fallback=v["runtime.allow_fallback"],
-            threads=v["runtime.threads"] or None,
-            exclude=exclude,
-            server=server,
-            builder=self._builder,
-            standby=v["runtime.allow_fallback"],
-        )
+        backend = open_phase_backend(v, card, name, exclude, self._builder, standby=v["runtime.allow_fallback"])
         for note in backend.notes:
             self.get_logger().info(note)
         self.get_logger().info(f"model {card.model_id} runs on {backend.name}")
@@ -237,15 +218,6 @@ class PhaseNode(PerceptionNode):
             self.get_logger().error(f"no forecast: {error}")
             return None
 
-    def _settings(self) -> PhaseSettings:
-        v = self.values
-        return PhaseSettings(
-            FilterSettings(**{name: v[f"filter.{name}"] for name in FILTER_PARAMETERS}),
-            uncertain_below=v["state.uncertain_below"],
-            max_age_s=v["state.max_age_s"],
-            max_pixels=v["input.max_pixels"],
-        )
-
     def activate(self) -> None:
         self._counts = Counts()
         self._failed_backends = []
@@ -273,7 +245,7 @@ class PhaseNode(PerceptionNode):
     def _new_pipeline(self) -> PhasePipeline:
         if self._temporal is not None:
             self._temporal.reset()
-        return PhasePipeline(self._backend, self._card.labels.names, self._settings(), self._temporal)
+        return PhasePipeline(self._backend, self._card.labels.names, phase_settings(self.values), self._temporal)
 
     def _start_forecast(self) -> None:
         if self._forecast_backend is not None and self._forecast_topics is not None:
@@ -337,7 +309,7 @@ class PhaseNode(PerceptionNode):
 
     def apply_live_parameters(self) -> None:
         if self._pipeline is not None:
-            self._pipeline.settings = self._settings()
+            self._pipeline.settings = phase_settings(self.values)
         if self._forecast is not None:
             self._forecast.forecaster.settings = self._forecast_settings()
 
@@ -362,7 +334,7 @@ class PhaseNode(PerceptionNode):
         if now_s - self._last_frame_s < after_s:
             return
         stuck = now_s - self._last_arrival_s < after_s and now_s - self._last_rejection_s >= after_s
-        state = SurgicalPhase.FAULT if stuck else SurgicalPhase.NO_SIGNAL
+        state = PhaseState.FAULT if stuck else PhaseState.NO_SIGNAL
         with self._publishing:
             if now_s - self._last_output_s >= self.values["output.deadline_s"] / 2:
                 self._send_phase(self._blank_message(state, self._last_header))
@@ -512,7 +484,7 @@ class PhaseNode(PerceptionNode):
         self._last_frame_s = time.monotonic()
         with self._publishing:
             self._last_header = header
-            self._send_phase(self._blank_message(SurgicalPhase.FAULT, header))
+            self._send_phase(self._blank_message(PhaseState.FAULT, header))
         if not self.values["runtime.allow_fallback"]:
             return
         device_failed = isinstance(error, InferenceError) and error.device_failed
@@ -548,17 +520,12 @@ class PhaseNode(PerceptionNode):
     def _publish(self, arrival: Arrival, started_s: float, result: PhaseResult) -> None:
         ended_s = time.monotonic()
         header = arrival.message.header
-        message = self._blank_message(int(result.state), header)
-        message.phase_id, message.phase = result.phase_id, result.phase
-        message.raw_phase_id = result.raw_phase_id
-        message.confidence = result.confidence
-        message.probabilities = result.probabilities
+        self._counts.processed += 1
+        message = SurgicalPhase(header=header, **phase_fields(result, *self._origin()))
         message.wait_ms = (started_s - arrival.received_s) * 1e3
         message.decode_ms = result.stages_ms["decode"]
         message.inference_ms = result.stages_ms["inference"]
         message.filter_ms = result.stages_ms["filter"]
-        self._counts.processed += 1
-        message.frames_processed = self._counts.processed
         with self._publishing:
             self._last_header = header
             message.latency_ms = self._age_s(arrival.message) * 1e3
@@ -578,41 +545,19 @@ class PhaseNode(PerceptionNode):
         self._note_figures(arrival, message, (time.monotonic() - ended_s) * 1e3)
 
     def _publish_latent(self, header: Header, result: PhaseResult) -> None:
-        if not self.values["latent.publish"] or result.latent is None:
-            return
-        rate_hz = self.values["latent.max_rate_hz"]
-        stamp = header.stamp.sec + header.stamp.nanosec * 1e-9
-        # A stamp that went back (a bag that loops) starts anew.
-        if rate_hz and 0 <= stamp - self._last_latent_s < 1 / rate_hz - 1e-6:
-            return
-        self._last_latent_s = stamp
-        latent = result.latent.mean(axis=(1, 2)) if self.values["latent.pooled"] else result.latent
-        self._outputs["latent"].publish(
-            LatentFeatures(
-                header=header,
-                model_id=self._card.model_id,
-                backend=self._backend.name,
-                shape=list(latent.shape),
-                data=array.array("f", np.ascontiguousarray(latent).tobytes()),
-            )
-        )
+        fields = self._latents.of(result, self._card.model_id, self._backend.name, self.values)
+        if fields is not None:
+            data = array.array("f", fields.pop("data").tobytes())
+            self._outputs["latent"].publish(LatentFeatures(header=header, data=data, **fields))
 
     # Messages -------------------------------------------------------------------------------------------------
 
-    def _blank_message(self, state: int, header: Header) -> SurgicalPhase:
-        return SurgicalPhase(
-            header=header,
-            state=state,
-            phase_id=-1,
-            raw_phase_id=-1,
-            model_id=self._card.model_id,
-            backend=self._backend.name,
-            frames_received=self._counts.received,
-            frames_processed=self._counts.processed,
-            frames_replaced=self._mailbox.counts().replaced,
-            frames_rejected=self._counts.rejected + self._counts.faults,
-            frames_lost=self._counts.lost,
-        )
+    def _origin(self) -> tuple[str, str, Counts, int]:
+        """What made a message, and the counts that it carries."""
+        return self._card.model_id, self._backend.name, self._counts, self._mailbox.counts().replaced
+
+    def _blank_message(self, state: PhaseState, header: Header) -> SurgicalPhase:
+        return SurgicalPhase(header=header, **blank_fields(state, *self._origin()))
 
     def _send_phase(self, message: SurgicalPhase) -> None:
         self._last_output_s = time.monotonic()
@@ -628,7 +573,7 @@ class PhaseNode(PerceptionNode):
         self._stage_clock = StageClock()
         self._consecutive_faults = 0
         self._slow_in_a_row = 0
-        self._last_latent_s = -math.inf
+        self._latents = LatentFields()
         self._latency_ms = math.nan
         self._next_report_s: dict[str, float] = {}
         self._arrivals_s: deque[float] = deque(maxlen=100)
@@ -699,18 +644,6 @@ class PhaseNode(PerceptionNode):
                 status.add(name, value)
         status.add("memory_mib", f"{process_memory_mib():.0f}")
         return status
-
-
-def _labels_of(card: ModelCard, backend: Backend) -> PhaseLabels:
-    return PhaseLabels(
-        model_id=card.model_id,
-        labels=list(card.labels.names),
-        latent_shape=list(card.network.latent_shape),
-        backend=backend.name,
-        licence=card.licence,
-        intended_use=card.intended_use,
-        card=card.to_yaml(),
-    )
 
 
 def _path_of(card: ModelCard, text: str) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 from rclpy.task import Future
 from surg_perception_msgs.msg import QuestionError
 
-from surg_perception.stream.clip_buffer import ClipBuffer, NoFrames, Window, WindowOutside
+from surg_perception.stream.clip_buffer import ClipBuffer, NoFrames, Window
 from surg_perception.stream.stage_clock import StageClock
-from surg_perception.surgllm.question_check import QuestionRefused
+from surg_perception.surgllm.window_answers import answer, refusal_of
 
 THREAD_NAME = "vqa model"
 CODE_NAMES = {
@@ -299,12 +299,13 @@ class QuestionWorker:
                 pass
             if question.over:
                 return
-            window = buffer.window(*question.span)
-            question.note_window(window, assistant.model_id, assistant.backend)
-            reply = assistant.ask(
+            reply = answer(
+                assistant,
+                buffer,
                 question.text,
-                window.segments,
-                task=question.task,
+                question.task,
+                question.span,
+                on_window=lambda window: question.note_window(window, assistant.model_id, assistant.backend),
                 on_text=question.note_text,
                 stop=lambda: question.over,
             )
@@ -315,17 +316,11 @@ class QuestionWorker:
                 task_probability=reply.task_probability,
                 confidence=reply.confidence,
             )
-        except QuestionRefused as error:
-            question.end(getattr(QuestionError, error.code_name), str(error))
-        except (NoFrames, WindowOutside) as error:
-            if self.encode_fault:
-                question.end(QuestionError.INTERNAL, f"frames could not be encoded: {self.encode_fault}")
-            elif isinstance(error, NoFrames):
-                question.end(QuestionError.NO_FRAMES, str(error))
-            else:
-                question.end(QuestionError.WINDOW_OUTSIDE, str(error))
         except Exception as error:
-            if question.end(QuestionError.INTERNAL, f"{type(error).__name__}: {error}; the node's log says more"):
+            refusal = refusal_of(error, self.encode_fault)
+            if refusal is not None:
+                question.end(getattr(QuestionError, refusal.code_name), str(refusal))
+            elif question.end(QuestionError.INTERNAL, f"{type(error).__name__}: {error}; the node's log says more"):
                 self._log.error(f"no answer: {traceback.format_exc()}")
 
 

@@ -27,6 +27,7 @@ from surg_perception.nodes.question_worker import CODE_NAMES, THREAD_NAME, Outco
 from surg_perception.stream.clip_buffer import BREAK_PERIODS, ClipBuffer, NoFrames, WindowOutside
 from surg_perception.stream.image_decode import ImageError
 from surg_perception.surgllm.question_check import QuestionRefused, check_question
+from surg_perception.surgllm.window_answers import check_task, refusal_of, span_of
 
 WATCH_S = 0.1
 
@@ -258,26 +259,20 @@ class VqaNode(PerceptionNode):
         reason = self._why_not_available()
         if reason:
             raise _Refused(QuestionError.NOT_AVAILABLE, reason)
-        tasks = self._worker.assistant.tasks
-        if question.task and question.task not in tasks:
-            raise _Refused(
-                QuestionError.UNKNOWN_TASK,
-                f"the task is {question.task[:60]!r}, expected one of {', '.join(tasks)}, or nothing",
-            )
         start_ns, end_ns = (_nanoseconds(stamp) for stamp in (request.window_start, request.window_end))
         try:
-            if start_ns == 0 and end_ns == 0:
-                question.span = self._buffer.span(request.window_s or self.values["window.default_s"])
-            else:
-                question.span = self._buffer.span(start_ns=start_ns, end_ns=end_ns)
+            check_task(question.task, self._worker.assistant.tasks)
+            default_s = self.values["window.default_s"]
+            question.span = span_of(self._buffer, default_s, request.window_s, start_ns, end_ns)
         except NoFrames:
             topic = self._subscription.topic_name
             raise _Refused(
                 QuestionError.NO_FRAMES,
                 f"no image in the last {self.values['buffer.length_s']:g} s on {topic}: {self._image_trouble()}",
             ) from None
-        except WindowOutside as error:
-            raise _Refused(QuestionError.WINDOW_OUTSIDE, str(error)) from error
+        except (QuestionRefused, WindowOutside) as error:
+            refusal = refusal_of(error)
+            raise _Refused(getattr(QuestionError, refusal.code_name), str(refusal)) from error
 
     def _why_not_available(self) -> str:
         """Why questions cannot be answered though the node is active; empty if they can."""

@@ -18,6 +18,7 @@ WIDTH_IN = 11.0
 TEXT = "#24292f"
 QUIET = "#6e7781"
 GRID = "#d8dee4"
+MARK = "#cf222e"
 
 
 def plot_ribbons(
@@ -28,6 +29,7 @@ def plot_ribbons(
     confidence: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
     title: str = "",
     max_gap_s: float | None = None,
+    marks: tuple[str, Sequence[tuple[float, float]]] | None = None,
     dpi: int = 150,
 ) -> None:
     """Save a PNG: one ribbon per row, the confidence below if given, a time axis, a legend of the phases.
@@ -39,6 +41,8 @@ def plot_ribbons(
     labels: phase names in the order of phase_ids; all are in the legend.
     confidence: (times_s [M], values [M] in 0..1, NaN: none).
     max_gap_s: steps longer than this stay empty; default five times the row's median step.
+    marks: (title, (start_s, end_s) of each) of a red row below the ribbons, such as where two of them differ; a mark
+        is wide enough to be seen.
     Raises ValueError naming the row that does not fit; ImportError where matplotlib is missing.
     """
     if not rows:
@@ -53,12 +57,13 @@ def plot_ribbons(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    from matplotlib.patches import Patch, Rectangle
 
-    row_in = min(0.42, max(0.17, 5.0 / len(rows)))
+    titles = [row[0] for row in rows] + ([marks[0]] if marks is not None else [])
+    row_in = min(0.42, max(0.17, 5.0 / len(titles)))
     columns = min(4, max(1, len(labels)))
     heights_in = [
-        row_in * len(rows),
+        row_in * len(titles),
         1.0 if curve is not None else 0.0,
         0.1 + 0.24 * math.ceil(len(labels) / columns),
     ]
@@ -80,8 +85,12 @@ def plot_ribbons(
                 antialiaseds=False,
             )
         )
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=10.5 if row_in > 0.25 else 7.5, color=TEXT)
+    if marks is not None:
+        for start_s, end_s in marks[1]:
+            width_s = max(end_s - start_s, span_s / 400)
+            ax.add_patch(Rectangle((start_s, len(rows) - 0.2), width_s, 0.4, color=MARK, linewidth=0))
+    ax.set_ylim(len(titles) - 0.5, -0.5)
+    ax.set_yticks(range(len(titles)), titles, fontsize=10.5 if row_in > 0.25 else 7.5, color=TEXT)
     time_axes = [ax]
     if curve is not None:
         below = fig.add_subplot(grid[1], sharex=ax)
