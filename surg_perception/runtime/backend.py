@@ -10,7 +10,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -239,12 +239,12 @@ AUTO_ORDER: tuple[tuple[str, str], ...] = (
 """Engine and device, best first. A model server is asked only where its address is given."""
 
 
-def available_backends() -> dict[str, str | None]:
-    """Every engine by name: None where it is installed and finds a device, else the reason why not."""
+def available_backends(kinds: Iterable[str] = ()) -> dict[str, str | None]:
+    """These engines (all) by name: None where one is installed and finds a device, else the reason why not."""
     found: dict[str, str | None] = {}
-    for kind, load in BACKENDS.items():
+    for kind in kinds or BACKENDS:
         try:
-            engine = load()
+            engine = BACKENDS[kind]()
         except BackendUnavailable as error:
             found[kind] = str(error)
             continue

@@ -19,10 +19,7 @@ def cache_folder(name: str, holds: str) -> Path | None:
         name: of the folder.
         holds: what it holds, for the warning: "compiled kernels".
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # so says the XDG base directory specification
-        base = Path.home() / ".cache"
-    folder = base / "surg_perception" / name
+    folder = _path(name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.mkdir(exist_ok=True, mode=0o700)
@@ -34,3 +31,28 @@ def cache_folder(name: str, holds: str) -> Path | None:
         _logger.warning("no cache of %s: %s is not a folder of this user alone (mode 0700)", holds, folder)
         return None
     return folder
+
+
+def cache_fault(name: str) -> str:
+    """Why `cache_folder` would give no folder, "" if it would; makes nothing."""
+    folder = _path(name)
+    status = None
+    try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+        status = folder.lstat() if nearest == folder else None
+    except OSError as error:
+        return str(error)
+    if not nearest.is_dir():
+        return f"{nearest} is not a folder"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"{nearest} is not writable for this user"
+    if status is not None and (folder.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o077):
+        return f"{folder} is not a folder of this user alone (mode 0700)"
+    return ""
+
+
+def _path(name: str) -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # so says the XDG base directory specification
+        base = Path.home() / ".cache"
+    return base / "surg_perception" / name
