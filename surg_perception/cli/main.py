@@ -98,9 +98,10 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="where pictures go (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
-    from surg_perception.cli import ask, build_engine, data, doctor, evaluate, export, replay, train
+    from surg_perception.cli import ask, build_engine, data, doctor, evaluate, export, record, replay, train
 
     ask.add_parser(verbs)
+    record.add_parser(verbs)
     doctor.add_parser(verbs)
     data.add_parser(verbs)
     train.add_parser(verbs)

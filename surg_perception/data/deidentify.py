@@ -190,8 +190,8 @@ class _Glass:
         if self._last is not None and np.abs(grey - self._last)[lit].sum() < _GLASS_CHANGE * max(1, int(lit.sum())):
             return
         self._last, self._last_s = grey, time_s
-        slope = np.stack([cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)])
-        strength = np.hypot(slope[0], slope[1])
+        slope = np.asarray([cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)], np.float32)
+        strength = np.asarray(np.hypot(slope[0], slope[1]), np.float32)
         self._seen += 1
         if self._mean is None or self._strength is None:
             self._mean, self._strength = slope, strength

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a live message goes into a recording: pictures as JPEG; to be shared, nothing that says whose they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from surg_perception.data.bags import IMAGE_TYPES
+from surg_perception.data.deidentify import Deidentifier, Rectangle, Shown
+from surg_perception.data.ros_types import MESSAGES, typestore
+from surg_perception.stream.image_decode import Bgr, ImageError, decode_image, encode_jpeg
+
+COMPRESSED = "sensor_msgs/msg/CompressedImage"
+EPOCH_NS = 946_684_800 * 10**9
+"""Where the time of a shared recording begins: 2000-01-01, in no surgery's time zone."""
+FRAME_ID = "endoscope"
+_SAME_CLOCK_NS = 3600 * 10**9
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A message as it is written; fields as BagWriter.write takes them."""
+
+    topic: str
+    msgtype: str
+    log_ns: int
+    raw: bytes
+
+
+class PrivateMessages:
+    """Messages for one's own use: as they came, save that raw images become JPEG.
+
+    Args:
+        jpeg_quality: 1 to 100; 0 keeps raw images.
+
+    Attributes:
+        unreadable: images that could not be decoded and were left out, by the reason.
+    """
+
+    def __init__(self, jpeg_quality: int = 90) -> None:
+        self.unreadable: Counter[str] = Counter()
+        self._quality = jpeg_quality
+
+    def outgoing(self, topic: str, msgtype: str) -> tuple[str, str]:
+        """Topic and type in the bag of what comes on topic."""
+        if msgtype == "sensor_msgs/msg/Image" and self._quality:
+            return f"{topic}/compressed", COMPRESSED
+        return topic, msgtype
+
+    def __call__(self, topic: str, msgtype: str, log_ns: int, raw: bytes) -> Recorded | None:
+        """The message as it is written; None where it is left out."""
+        name, kept_type = self.outgoing(topic, msgtype)
+        if kept_type == msgtype:
+            return Recorded(name, msgtype, log_ns, raw)
+        image: Any = typestore().deserialize_cdr(raw, msgtype)
+        picture = _decoded(image, self.unreadable)
+        if picture is None:
+            return None
+        return Recorded(name, kept_type, log_ns, _jpeg_message(picture, image.header, self._quality))
+
+
+class SharedMessages:
+    """Messages for others: images go through `Deidentifier`, other messages lose what could name anybody.
+
+    Topics get names of their own, frame_id is "endoscope", times are shifted so that the recording begins with the
+    year 2000, model cards and error texts are emptied. Types of which it is not known what they hold are refused; so
+    are latent features, from which the whole picture can be guessed, blanked parts too.
+
+    Args:
+        names: topic in the bag for each live topic.
+        jpeg_quality: 1 to 100.
+        rectangles: areas of the images that are always blanked.
+        shift_times: False keeps the true times.
+
+    Attributes:
+        unreadable: as in PrivateMessages.
+        shown: images by what became of them.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[str, str],
+        *,
+        jpeg_quality: int = 90,
+        rectangles: Sequence[Rectangle] = (),
+        shift_times: bool = True,
+    ) -> None:
+        self.unreadable: Counter[str] = Counter()
+        self._names = names
+        self._quality = jpeg_quality
+        self._rectangles = tuple(rectangles)
+        self._shift_times = shift_times
+        self._log_shift_ns: int | None = None
+        self._stamp_shift_ns: int | None = None
+        self._cameras: dict[str, Deidentifier] = {}
+
+    @property
+    def shown(self) -> dict[Shown, int]:
+        return {kind: sum(camera.counts[kind] for camera in self._cameras.values()) for kind in Shown}
+
+    def outgoing(self, topic: str, msgtype: str) -> tuple[str, str]:
+        """Topic and type in the bag of what comes on topic.
+
+        Raises:
+            ValueError: it cannot be shared; says why and what to do.
+        """
+        if msgtype in IMAGE_TYPES:
+            return f"{self._names[topic].removesuffix('/compressed')}/compressed", COMPRESSED
+        if msgtype in _CLEANERS:
+            return self._names[topic], msgtype
+        if msgtype == f"{MESSAGES}/msg/LatentFeatures":
+            raise ValueError(
+                f"{topic}: the picture can be guessed from its latent features, what is blanked too: leave them out "
+                "(they can be computed again from the recording), or say --no-deidentify"
+            )
+        raise ValueError(
+            f"{topic} is {msgtype}, of which it is not known what it says about the patient: leave it out, or say "
+            "--no-deidentify"
+        )
+
+    def __call__(self, topic: str, msgtype: str, log_ns: int, raw: bytes) -> Recorded | None:
+        """The message as it is written; None where it is left out."""
+        name, kept_type = self.outgoing(topic, msgtype)
+        message: Any = typestore().deserialize_cdr(raw, msgtype)
+        if self._log_shift_ns is None:
+            self._log_shift_ns = EPOCH_NS - log_ns if self._shift_times else 0
+        if hasattr(message, "header"):
+            self._clean_header(message.header, log_ns)
+        shifted_ns = log_ns + self._log_shift_ns
+        if msgtype in IMAGE_TYPES:
+            picture = _decoded(message, self.unreadable)
+            if picture is None:
+                return None
+            camera = self._cameras.setdefault(topic, Deidentifier(self._rectangles))
+            picture, _ = camera(picture, log_ns * 1e-9)
+            return Recorded(name, kept_type, shifted_ns, _jpeg_message(picture, message.header, self._quality))
+        _CLEANERS[msgtype](message, self._shift)
+        return Recorded(name, kept_type, shifted_ns, bytes(typestore().serialize_cdr(message, msgtype)))
+
+    def _clean_header(self, header: Any, log_ns: int) -> None:
+        header.frame_id = FRAME_ID
+        stamp_ns = _nanoseconds(header.stamp)
+        if self._stamp_shift_ns is None and stamp_ns:
+            assert self._log_shift_ns is not None
+            same_clock = abs(stamp_ns - log_ns) < _SAME_CLOCK_NS or not self._shift_times
+            self._stamp_shift_ns = self._log_shift_ns if same_clock else EPOCH_NS - stamp_ns
+        self._shift(header.stamp)
+
+    def _shift(self, stamp: Any) -> None:
+        """Shift a time of the cameras' clock; zero, which means none, stays."""
+        stamp_ns = _nanoseconds(stamp)
+        if stamp_ns and self._stamp_shift_ns is not None:
+            stamp.sec, stamp.nanosec = divmod(max(0, stamp_ns + self._stamp_shift_ns), 10**9)
+
+
+def _nothing_more(message: Any, shift: Callable[[Any], None]) -> None:
+    pass
+
+
+def _clean_labels(message: Any, shift: Callable[[Any], None]) -> None:
+    message.card = ""  # a model's card can name hospitals, people and folders
+
+
+def _clean_novelty(message: Any, shift: Callable[[Any], None]) -> None:
+    shift(message.predicted_from)
+
+
+def _clean_answer(message: Any, shift: Callable[[Any], None]) -> None:
+    message.error_message = ""
+    shift(message.first_stamp)
+    shift(message.last_stamp)
+
+
+_CLEANERS: dict[str, Callable[[Any, Callable[[Any], None]], None]] = {
+    f"{MESSAGES}/msg/SurgicalPhase": _nothing_more,
+    f"{MESSAGES}/msg/PhaseLabels": _clean_labels,
+    f"{MESSAGES}/msg/Novelty": _clean_novelty,
+    f"{MESSAGES}/msg/QuestionAnswer": _clean_answer,
+}
+
+
+def _decoded(image: Any, unreadable: Counter[str]) -> Bgr | None:
+    try:
+        return decode_image(image)
+    except ImageError as error:
+        unreadable[str(error)] += 1
+        return None
+
+
+def _jpeg_message(picture: Bgr, header: Any, quality: int) -> bytes:
+    store = typestore()
+    data = np.frombuffer(encode_jpeg(picture, quality), np.uint8)
+    return bytes(store.serialize_cdr(store.types[COMPRESSED](header, "jpeg", data), COMPRESSED))
+
+
+def _nanoseconds(stamp: Any) -> int:
+    return int(stamp.sec) * 10**9 + int(stamp.nanosec)
