@@ -14,6 +14,7 @@ from surg_perception_msgs.srv import SetProcedure
 from surg_perception.models import ModelCard
 from surg_perception.procedures import UnknownProcedure
 from surg_perception.runtime.backend import Backend, BackendUnavailable
+from surg_perception.runtime.engine_build import EngineBuilder
 from surg_perception.runtime.forecast import ForecastBackend
 from surg_perception.stream.temporal_head import TemporalHead
 
@@ -56,11 +57,18 @@ class ModelSwitch:
     """One request for another model; `load` runs in a thread of its own, everything else in the executor's.
 
     What `load` gives, the model and what model.path must be for it, ends up in one place: with `take`, or closed.
+
+    Args:
+        load: gives it; handed the builder.
+        builder: of an engine that the model may need first; this request's own, and canceled with it.
     """
 
-    def __init__(self, load: Callable[[], tuple[LoadedModel, str]]) -> None:
+    def __init__(
+        self, load: Callable[[EngineBuilder | None], tuple[LoadedModel, str]], builder: EngineBuilder | None
+    ) -> None:
         self.done = Future()
         self._load = load
+        self._builder = builder
         self._lock = threading.Lock()
         self._outcome: tuple[LoadedModel, str] | Refusal | None = None
         self._canceled = False
@@ -70,7 +78,7 @@ class ModelSwitch:
 
     def _run(self) -> None:
         try:
-            outcome: tuple[LoadedModel, str] | Refusal = self._load()
+            outcome: tuple[LoadedModel, str] | Refusal = self._load(self._builder)
         except UnknownProcedure as error:
             outcome = Refusal(Answer.UNKNOWN_PROCEDURE, str(error))
         except (ValueError, OSError, BackendUnavailable) as error:
@@ -87,6 +95,8 @@ class ModelSwitch:
 
     def cancel(self) -> None:
         """End the request; what was, or is still being loaded is closed."""
+        if self._builder is not None:
+            self._builder.cancel()
         with self._lock:
             self._canceled = True
             outcome, self._outcome = self._outcome, None

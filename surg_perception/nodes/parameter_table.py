@@ -199,6 +199,15 @@ PHASE = ParameterTable(
             maximum=60.0,
         ),
         Parameter(
+            "runtime.server_retry_s",
+            10.0,
+            "Where another backend serves while the model server is away (runtime.allow_fallback): pause before the "
+            "server is tried again in the background; each further one is twice as long, up to 120 s. Once it passes "
+            "the check of configure it takes over between two images. 0: not before the next configure.",
+            minimum=0.0,
+            maximum=3600.0,
+        ),
+        Parameter(
             "runtime.server_version",
             "",
             "Version of the model on the server, where `surg-perception export triton` did not put it there; empty: "

@@ -21,7 +21,7 @@ from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, SurgicalPhase
 from surg_perception_msgs.srv import SetProcedure
 
 from surg_perception.models import ModelCard, ModelError, find_model
-from surg_perception.nodes.engine_switch import EngineSwitch
+from surg_perception.nodes.engine_switch import BackOff, EngineSwitch
 from surg_perception.nodes.forecast_stage import ForecastStage, ForecastTopics
 from surg_perception.nodes.lifecycle import (
     ConfigureError,
@@ -33,7 +33,7 @@ from surg_perception.nodes.lifecycle import (
 )
 from surg_perception.nodes.model_switch import LoadedModel, ModelSwitch, Refusal
 from surg_perception.nodes.parameter_table import PHASE
-from surg_perception.phase_setup import open_phase_backend
+from surg_perception.phase_setup import model_server, open_phase_backend
 from surg_perception.procedures import resolve_model
 from surg_perception.runtime.backend import BACKENDS, Backend, BackendUnavailable, InferenceError, open_backend
 from surg_perception.runtime.engine_build import EngineBuilder
@@ -82,8 +82,8 @@ class PhaseNode(PerceptionNode):
 
     The executor's thread only takes messages into the newest-frame mailbox and watches for silence; one worker
     thread decodes, infers, filters and publishes. Forecasts have a thread of their own, and so has the loading of
-    another model for the service `~/set_procedure`, and of an engine that is built in the background; the executor's
-    thread then puts it in between two images.
+    another model for the service `~/set_procedure`, of an engine that is built in the background, and of a model
+    server that is away; the executor's thread then puts it in between two images.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -99,9 +99,11 @@ class PhaseNode(PerceptionNode):
         """Held while an image is worked on and while the model is replaced."""
         self._switch: ModelSwitch | None = None
         self._loader: threading.Thread | None = None
-        self._builder: EngineBuilder | None = None
         self._engine: EngineSwitch | None = None
-        self._engine_fault = ""
+        """A better engine that is being built."""
+        self._server: EngineSwitch | None = None
+        """The model server while it is away."""
+        self._back_off = BackOff(0.0)
         self._failed_backends: list[str] = []
         self._pipeline: PhasePipeline | None = None
         self._worker: threading.Thread | None = None
@@ -133,11 +135,13 @@ class PhaseNode(PerceptionNode):
             card = find_model(v["model.path"])
             if v["model.verify"]:
                 card.verify()
-            loaded = self._load(card, v["runtime.backend"], [])
+            loaded = self._load(card, v["runtime.backend"], [], self._new_builder())
         except (ValueError, OSError, BackendUnavailable) as error:
             raise ConfigureError(str(error)) from error
         self._take_over(loaded)
+        self._back_off = BackOff(v["runtime.server_retry_s"])
         self._start_engine()
+        self._await_server()
         deadline = Duration(seconds=v["output.deadline_s"])
         controlled = QoSProfile(
             depth=1,
@@ -158,8 +162,8 @@ class PhaseNode(PerceptionNode):
                 Classification, "~/classification", QoSProfile(depth=1)
             )
 
-    def _load(self, card: ModelCard, name: str, exclude: list[str]) -> LoadedModel:
-        backend = self._open(card, name, exclude)
+    def _load(self, card: ModelCard, name: str, exclude: list[str], builder: EngineBuilder | None) -> LoadedModel:
+        backend = self._open(card, name, exclude, builder)
         try:
             temporal = TemporalHead.open(card.temporal_path) if card.temporal is not None else None
             # Checks that head and model belong together.
@@ -174,11 +178,14 @@ class PhaseNode(PerceptionNode):
         self._card, self._backend = loaded.card, loaded.backend
         self._temporal, self._forecast_backend, self._labels = loaded.temporal, loaded.forecast, loaded.labels
 
-    def _open(self, card: ModelCard, name: str, exclude: list[str], build: bool = True) -> Backend:
-        """A backend that has passed its check; builds its engine first where parameters and `build` let it."""
+    def _new_builder(self) -> EngineBuilder | None:
+        """Builds the engine of a model that is loaded now, where loading is to wait for it."""
+        return EngineBuilder(self.get_logger().info) if self.values["engine.build"] == "configure" else None
+
+    def _open(self, card: ModelCard, name: str, exclude: list[str], builder: EngineBuilder | None = None) -> Backend:
+        """A backend that has passed its check; its engine is built first where there is a builder."""
         v = self.values
-        self._builder = EngineBuilder(self.get_logger().info) if build and v["engine.build"] == "configure" else None
-        backend = open_phase_backend(v, card, name, exclude, self._builder, standby=v["runtime.allow_fallback"])
+        backend = open_phase_backend(v, card, name, exclude, builder, standby=v["runtime.allow_fallback"])
         for note in backend.notes:
             self.get_logger().info(note)
         self.get_logger().info(f"model {card.model_id} runs on {backend.name}")
@@ -200,10 +207,31 @@ class PhaseNode(PerceptionNode):
 
         self._engine = EngineSwitch(name, load, self.get_logger().info)
 
+    def _await_server(self) -> None:
+        """Try the model server again and again if it is wanted and does not run; the backend serves meanwhile."""
+        self._stop_waiting()
+        v, card, server = self.values, self._card, model_server(self.values)
+        if server is None or not v["runtime.server_retry_s"] or self._backend.kind == "triton":
+            return
+        if v["runtime.backend"] == "auto" and v["runtime.precision"] != "fp32":
+            return  # the engine that has the precision was taken, not the server
+
+        def load(builder: EngineBuilder) -> Backend:
+            threads = v["runtime.threads"] or None
+            return open_backend(card, "triton", allow_fallback=False, threads=threads, server=server, standby=True)
+
+        name = f"the model server at {server.url}"
+        self._server = EngineSwitch(name, load, self.get_logger().info, self._back_off.pauses_s())
+
     def _stop_engine(self) -> None:
-        engine, self._engine, self._engine_fault = self._engine, None, ""
+        engine, self._engine = self._engine, None
         if engine is not None:
             engine.cancel()
+
+    def _stop_waiting(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.cancel()
 
     def _open_forecast(self, card: ModelCard, backend: Backend) -> ForecastBackend | None:
         """The model's forecast, if it has one and it is wanted; a faulty one is an error only where it is demanded."""
@@ -275,8 +303,6 @@ class PhaseNode(PerceptionNode):
     def deactivate(self) -> None:
         if self._switch is not None:
             self._switch.cancel()
-            if self._builder is not None:
-                self._builder.cancel()
         if self._subscription is not None:
             self.destroy_subscription(self._subscription)
             self._subscription = None
@@ -294,6 +320,7 @@ class PhaseNode(PerceptionNode):
 
     def cleanup(self) -> None:
         self._stop_engine()
+        self._stop_waiting()
         join(self._loader, 60.0)
         topics = self._forecast_topics
         for publisher in (*self._outputs.values(), *((topics.image, topics.novelty) if topics else ())):
@@ -352,22 +379,26 @@ class PhaseNode(PerceptionNode):
         )
 
     def _look_for_engine(self) -> None:
-        """Let an engine that was built in the background run from the next image on."""
-        engine = self._engine
-        if engine is None:
+        """Let an engine that was built in the background, or a server that is back, run from the next image on."""
+        for coming in (self._server, self._engine):
+            if coming is None:
+                continue
+            if failure := coming.new_failure():
+                self.get_logger().error(f"not yet {coming.name}, {self._backend.name} goes on: {failure}")
+            backend = coming.take()
+            if backend is None:
+                continue
+            for note in backend.notes:
+                self.get_logger().info(note)
+            with self._model:
+                old = self._exchange(backend)
+            self._stop_engine()  # taken; or not to take over from the server, which is the first choice
+            if backend.kind == "triton":
+                self._stop_waiting()
+                self._back_off.succeeded()
+                self._failed_backends = [name for name in self._failed_backends if name != backend.name]
+            self.get_logger().info(f"{backend.name} from now on instead of {old.name}")
             return
-        if engine.failure and engine.failure != self._engine_fault:
-            self._engine_fault = engine.failure
-            self.get_logger().error(f"{engine.name} could not be built, {self._backend.name} goes on: {engine.failure}")
-        backend = engine.take()
-        if backend is None:
-            return
-        for note in backend.notes:
-            self.get_logger().info(note)
-        with self._model:
-            old = self._exchange(backend)
-        self._engine = None
-        self.get_logger().info(f"{backend.name} from now on instead of {old.name}")
 
     # The executor's thread: another model ---------------------------------------------------------------------
 
@@ -380,7 +411,9 @@ class PhaseNode(PerceptionNode):
         elif self._switch is not None:
             refusal = Refusal(SetProcedure.Response.BUSY, "another model is being loaded: wait for that answer")
         if refusal is None:
-            switch = self._switch = ModelSwitch(lambda: self._load_other(request.procedure))
+            switch = self._switch = ModelSwitch(
+                lambda builder: self._load_other(request.procedure, builder), self._new_builder()
+            )
             self._loader = switch.thread
             await switch.done
             self._switch = None
@@ -396,7 +429,7 @@ class PhaseNode(PerceptionNode):
         response.model_id = self._card.model_id if self._card is not None else ""
         return response
 
-    def _load_other(self, text: str) -> tuple[LoadedModel, str]:
+    def _load_other(self, text: str, builder: EngineBuilder | None) -> tuple[LoadedModel, str]:
         """The model, and what model.path must be for it; in the thread of a ModelSwitch."""
         running = self._backend
         card = resolve_model(text)
@@ -413,7 +446,7 @@ class PhaseNode(PerceptionNode):
         # An engine on its way for the old model is wanted for the new one too.
         engine = self._engine
         kind = engine.name.split(":")[0] if engine is not None and not engine.failure else running.kind
-        return self._load(card, kind, [*self._failed_backends, *exclude]), path
+        return self._load(card, kind, [*self._failed_backends, *exclude], builder), path
 
     def _replace_model(self, loaded: LoadedModel, path: str) -> str:
         """Let another model run from the next image on; returns what to say about it. Nothing slow in here."""
@@ -429,6 +462,7 @@ class PhaseNode(PerceptionNode):
         threading.Thread(target=old.close, name="old model", daemon=True).start()
         self._start_forecast()
         self._start_engine()
+        self._await_server()
         self.correct_parameter("model.path", path)
         done = f"{loaded.card.model_id} on {loaded.backend.name} runs instead of {old.card.model_id}"
         self.get_logger().info(done)
@@ -500,12 +534,14 @@ class PhaseNode(PerceptionNode):
             self._failed_backends += [f"{kind}:{failed.device}" for kind in BACKENDS]
             self._stop_engine()
         try:
-            other = failed.take_standby() or self._open(self._card, "auto", self._failed_backends, build=False)
+            other = failed.take_standby() or self._open(self._card, "auto", self._failed_backends)
         except (BackendUnavailable, ModelError) as error:
             self.get_logger().error(f"no other backend runs: {error}")
             return
         self.get_logger().warning(f"{failed.name} failed: {other.name} from now on")
         self._exchange(other)
+        if failed.kind == "triton":
+            self._await_server()
 
     def _exchange(self, backend: Backend) -> Backend:
         """Let a backend of the same model run from now on, with `_model` held; returns the one before, being closed."""
@@ -630,11 +666,11 @@ class PhaseNode(PerceptionNode):
         standby = self._backend.standby  # read once: the worker may take it away
         if standby is not None:
             status.add("standby", standby.name)
-        engine = self._engine
-        if engine is not None:
-            status.add("engine", engine.progress)
-            if engine.failure:
-                status.mergeSummary(DiagnosticStatus.WARN, f"no {engine.name}: {engine.failure}")
+        for key, coming in (("engine", self._engine), ("server", self._server)):
+            if coming is not None:
+                status.add(key, coming.progress)
+                if coming.failure:
+                    status.mergeSummary(DiagnosticStatus.WARN, f"no {coming.name}: {coming.failure}")
         status.add("temporal_head", "yes" if self._temporal is not None else "no")
         status.add("inference_faults", str(self._counts.faults))
         if self._forecast is not None:

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not in the environment: `source setup.bash` first")
 
-from conftest import Graph, wait_until
+from conftest import Graph, Spoken, wait_until
 from diagnostic_msgs.msg import DiagnosticArray
 from folders import copied
 from rclpy.parameter import Parameter
@@ -142,6 +142,55 @@ def test_another_procedure_gets_its_engine_too(
         wait_until(lambda: backends(theatre)[-1] == "tensorrt:CUDA:fp32", PATIENCE_S, "the new model's engine")
         assert theatre.phases[-1].model_id == new.model_id
         assert first.take() is None
+
+
+def builders() -> list[int]:
+    """Processes of this one that build an engine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"build-engine" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+def test_deactivate_stops_the_build_of_another_procedure_whatever_fails_meanwhile(
+    graph: Graph, picture: np.ndarray, gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other(tmp_path, "new")
+    with Theatre(graph, picture, runtime__backend="tensorrt", engine__build="configure") as theatre:
+        assert theatre.node._backend.name == "tensorrt:CUDA:fp32"
+        monkeypatch.setenv("FAKE_TENSORRT_HOLD", str(tmp_path / "never"))
+        answer = theatre.ask("new")
+        wait_until(builders, PATIENCE_S, "the new model's engine to be built")
+        # Another backend is opened meanwhile, which builds nothing.
+        theatre.node._backend.take_standby().close()
+        gpu.fail("cudaGraphLaunch", "cudaErrorIllegalAddress")
+        wait_until(lambda: backends(theatre)[-1].endswith(":CPU:fp32"), PATIENCE_S, "the CPU")
+        assert builders()
+        assert graph.transition(theatre.node, "deactivate")
+        wait_until(lambda: not builders(), 30, "the builder to be stopped")
+        wait_until(answer.done, 30, "the answer")
+        assert not answer.result().success
+    assert graph.transition(theatre.node, "cleanup")
+
+
+def test_without_a_fallback_nothing_can_be_built_in_the_background(
+    graph: Graph, picture: np.ndarray, gpu: Any, spoken: Spoken
+) -> None:
+    settings = {"runtime__backend": "tensorrt", "runtime__precision": "fp16", "runtime__allow_fallback": False}
+    theatre = Theatre(graph, picture, engine__build="background", **settings)
+    assert not graph.transition(theatre.node, "configure")
+    said = ("tensorrt:CUDA:fp16 has not been built", "engine.build is 'background'", "runtime.allow_fallback is false")
+    assert spoken.lines("configure failed", *said, "set engine.build to 'configure'", "--precision fp16` first")
+    assert not builders()
+    theatre.node.set_parameters([Parameter("engine.build", value="configure")])
+    assert graph.transition(theatre.node, "configure"), "as it says"
+    assert theatre.node._backend.name == "tensorrt:CUDA:fp16"
+    assert graph.transition(theatre.node, "cleanup")
 
 
 def test_never_builds_nothing_and_a_failed_build_leaves_the_cpu_serving(

@@ -17,6 +17,7 @@ pytest.importorskip("rclpy", reason="ROS 2 is not in the environment: `source se
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
 from conftest import Graph, Spoken, wait_until
+from diagnostic_msgs.msg import DiagnosticArray
 from images import raw_image
 from surg_perception_msgs.msg import SurgicalPhase
 from test_phase_node import MODEL, Rig
@@ -88,6 +89,64 @@ def test_the_room_goes_on_by_itself_where_it_may(
     assert ":CPU:" in after.backend
     assert spoken.lines(REMOTE, f"{after.backend} from now on")
     assert spoken.lines("no phase for this image", server.url, "is away")
+
+
+def test_the_server_runs_again_by_itself_once_it_is_back(
+    graph: Graph, picture: np.ndarray, server: TritonServer, spoken: Spoken
+) -> None:
+    diagnostics: list[DiagnosticArray] = graph.collect(DiagnosticArray, "/diagnostics", 100)
+    rig = Rig(graph, **settings(server, runtime__server_retry_s=0.5)).up()
+    before = rig.ask(raw_image(picture))
+    server.stop(kill=True)
+    for _ in range(3):
+        assert rig.ask(raw_image(picture)).state == SurgicalPhase.FAULT
+    wait_until(lambda: rig.node._backend.name != REMOTE, 60, "a backend of this machine")
+    local = rig.node._backend
+    wait_until(lambda: spoken.lines("not yet the model server", f"{local.name} goes on", "is away"), 60, "a try")
+    wait_until(
+        lambda: any(
+            (v.key, server.url in v.value) == ("server", True) for m in diagnostics for s in m.status for v in s.values
+        ),
+        60,
+        "diagnostics to say so",
+    )
+    assert rig.ask(raw_image(picture)).backend == local.name
+    server.start()
+    wait_until(lambda: rig.node._backend.name == REMOTE, 120, "the server")
+    after = rig.ask(raw_image(picture))
+    assert (after.backend, after.phase_id, after.state) == (REMOTE, before.phase_id, before.state)
+    assert after.frames_rejected == 3, "none but those of the fault"
+    assert rig.node._server is None
+    assert rig.node._backend.standby is not None
+    wait_until(lambda: local._closed, 30, "the backend that served meanwhile to be given back")
+    assert REMOTE not in rig.node._failed_backends, "it may be taken for another model too"
+
+
+def test_a_server_that_comes_after_the_node_is_used(graph: Graph, picture: np.ndarray, server: TritonServer) -> None:
+    server.stop(kill=True)
+    rig = Rig(graph, **settings(server, runtime__server_retry_s=0.5)).up()
+    assert ":CPU:" in rig.ask(raw_image(picture)).backend
+    server.start()
+    wait_until(lambda: rig.node._backend.name == REMOTE, 120, "the server")
+    assert rig.ask(raw_image(picture)).backend == REMOTE
+    assert graph.transition(rig.node, "deactivate", "cleanup")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"runtime__server_retry_s": 0.0},
+        {"runtime__backend": "openvino"},
+        {"runtime__backend": "auto", "runtime__precision": "bf16"},
+    ],
+)
+def test_a_server_is_waited_for_only_where_it_is_wanted(
+    graph: Graph, server: TritonServer, changes: dict[str, Any]
+) -> None:
+    server.stop(kill=True)
+    rig = Rig(graph, **settings(server, **changes)).up()
+    assert rig.node._backend.name != REMOTE
+    assert rig.node._server is None
 
 
 @pytest.mark.parametrize(
