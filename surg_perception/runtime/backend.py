@@ -10,7 +10,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -43,7 +43,13 @@ _logger = logging.getLogger("surg_perception.runtime")
 
 
 class BackendUnavailable(RuntimeError):
-    """No engine runs as asked; says which were tried and why each one does not."""
+    """No engine runs as asked; says which were tried and why each one does not.
+
+    Attributes:
+        unbuilt: names of engines that would run here, had they been built.
+    """
+
+    unbuilt: Sequence[str] = ()
 
 
 class PrecisionRefused(BackendUnavailable):
@@ -355,7 +361,9 @@ def open_backend(
             return engine
     wanted = ":".join(filter(None, (backend, device, precision)))
     advice = "" if allow_fallback else "; allow_fallback would take the next best instead"
-    raise BackendUnavailable(f"{card.name} does not run as {wanted} on this machine: {'; '.join(notes)}{advice}")
+    nothing = BackendUnavailable(f"{card.name} does not run as {wanted} on this machine: {'; '.join(notes)}{advice}")
+    nothing.unbuilt = unbuilt
+    raise nothing
 
 
 def default_threads() -> int:
