@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,64 +23,6 @@ from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, QuestionError,
 from surg_perception_msgs.srv import Ask
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-
-
-class Launched:
-    """`ros2 launch surg_perception pipeline.launch.py` in a process group of its own."""
-
-    def __init__(self, log: Path, *arguments: str) -> None:
-        self.log = log
-        self._file = log.open("w")
-        self.process = subprocess.Popen(
-            ["ros2", "launch", "surg_perception", "pipeline.launch.py", *arguments],
-            stdout=self._file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def pids(self, executable: str) -> list[int]:
-        """Processes of this launch that run a node's executable."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (folder / "cmdline").read_bytes()
-                if executable.encode() in command and os.getsid(int(folder.name)) == self.process.pid:
-                    found.append(int(folder.name))
-            except (OSError, ProcessLookupError):
-                continue
-        return found
-
-    def stop(self) -> int:
-        """End it as Ctrl-C does; returns its exit status."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGINT)  # as a terminal does: launch and its nodes
-            try:
-                self.process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-                pytest.fail(f"the launch did not end on SIGINT:\n{self.text()}")
-        self._file.close()
-        return self.process.returncode
-
-
-@pytest.fixture
-def launched(tmp_path: Path, domain: int) -> Iterator[Any]:
-    """Start the launch file with arguments, without vqa unless they name it; stopped at the end of the test."""
-    running: list[Launched] = []
-
-    def start(*arguments: str) -> Launched:
-        vqa = () if any(argument.startswith("vqa") for argument in arguments) else ("vqa:=false",)
-        running.append(Launched(tmp_path / f"launch{len(running)}.log", *arguments, *vqa))
-        return running[-1]
-
-    yield start
-    for one in running:
-        one.stop()
 
 
 def stamps(messages: list[Any]) -> list[int]:
