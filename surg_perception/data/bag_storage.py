@@ -411,14 +411,19 @@ class McapFile(StorageFile):
         file.seek(min(start, footer_start))
         summary = file.read(footer_start - file.tell())
         if not summary or (checksum and zlib.crc32(summary + footer[:25]) != checksum):
-            self._damaged(start, "its index is damaged and was not used")
+            text = f"{self.path.name}: its index is damaged, and was not used"
+            self._problems.add("damaged_index", text, (self.path.name, 0))
             return [], True
         starts = []
-        for opcode, body in _records(summary):
-            if opcode == Opcode.CHUNK_INDEX:
-                starts.append(_parse(records.ChunkIndex, body).chunk_start_offset)
-            else:
-                self._define(opcode, body, start)
+        try:
+            # By opcode: schemas come before the channels that name them.
+            for opcode, body in sorted(_records(summary), key=lambda record: record[0]):
+                if opcode == Opcode.CHUNK_INDEX:
+                    starts.append(_parse(records.ChunkIndex, body).chunk_start_offset)
+                else:
+                    self._define(opcode, body, start)
+        except _Damage as damage:
+            self._damaged(start, f"its index: {damage}")
         return sorted(starts), True
 
     def _add_message(self, channel_id: int, log_ns: int, start: int, end: int) -> None:
@@ -458,7 +463,7 @@ class McapFile(StorageFile):
                 self._damaged(place, f"a channel at byte {place}: {damage}")
             else:
                 found = Channel(channel.topic, self._types.get(channel.schema_id, ""), channel.message_encoding)
-                self._channels.setdefault(channel.id, found)
+                self.counts[self._channels.setdefault(channel.id, found)] += 0
 
     def _records(self, run: _Run) -> Iterator[tuple[int, memoryview]]:
         """Records of a run, as far as it is whole; of a damaged chunk none, since which are good cannot be told."""
@@ -549,6 +554,7 @@ class SqliteFile(StorageFile):
             self._connection().execute("SELECT id, topic_id, timestamp, data FROM messages LIMIT 0")
             for topic_id, name, msgtype, encoding in rows:
                 self._topics[topic_id] = Channel(str(name), ros_type(str(msgtype)), str(encoding))
+                self.counts[self._topics[topic_id]] += 0
         except sqlite3.Error as error:
             self.close()
             raise BagError(f"{path} is no rosbag2 database, or its list of topics is damaged: {error}") from error
@@ -631,6 +637,8 @@ class SqliteFile(StorageFile):
                 path, options = self._workspace.copied(path, journals), "mode=rw"
             self._size = path.stat().st_size
             self._handle = sqlite3.connect(f"{path.resolve().as_uri()}?{options}", uri=True, check_same_thread=False)
+            # Else a database that was cut would not be opened at all.
+            self._handle.execute("PRAGMA writable_schema = ON")
             self._handle.text_factory = partial(str, encoding="utf-8", errors="replace")
         handle: sqlite3.Connection = self._handle
         return handle

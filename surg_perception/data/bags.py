@@ -185,7 +185,9 @@ class BagReader:
         if len(storages) > 1:
             raise BagError(f"{self.path} holds bags of {' and '.join(sorted(storages))}; name one of the files")
         self.storage = storages.pop()
-        counts = sum((file.counts for file in self._files), Counter[Channel]())
+        counts = Counter[Channel]()
+        for file in self._files:
+            counts.update(file.counts)
         self._check_counts(said, counts)
         self._choose(topic, counts)
         times = [time for file in self._files for time in (file.first_ns, file.last_ns) if time]
@@ -270,10 +272,12 @@ class BagReader:
         if topic:
             usable = {channel: count for channel, count in usable.items() if channel.topic in (topic, f"/{topic}")}
         listed = _listed([TopicInfo(channel.topic, channel.msgtype, count) for channel, count in images.items()])
+        reasons = [problem.text for problem in self._found]
         if topic and not usable:
             named = [channel for channel in counts if channel.topic in (topic, f"/{topic}")]
             if not named:
-                raise BagError(f"{self.path} has no topic {topic}; image topics: {listed or _listed(self.topics)}")
+                known = f"image topics: {listed}" if listed else f"its topics: {_listed(self.topics) or 'none'}"
+                raise BagError("; ".join([f"{self.path} has no topic {topic}; {known}", *reasons]))
             channel = named[0]
             if channel not in images:
                 raise BagError(
@@ -282,9 +286,10 @@ class BagReader:
                 )
             if channel.encoding not in _ENCODINGS:
                 raise BagError(f"topic {topic} of {self.path} is in {channel.encoding!r}; CDR or ROS 1 is needed")
-            raise BagError(f"topic {topic} of {self.path} has no message")
+            raise BagError("; ".join([f"topic {topic} of {self.path} has no message", *reasons]))
         if not usable:
-            raise BagError(f"{self.path} holds no image; its topics: {_listed(self.topics) or 'none'}")
+            listed = _listed(self.topics) or "none"
+            raise BagError("; ".join([f"{self.path} holds no image; its topics: {listed}", *reasons]))
         if len({channel.topic for channel in usable}) > 1:
             raise BagError(f"{self.path} has several image topics, name one: {listed}")
         self._channel = max(usable, key=lambda channel: usable[channel])
