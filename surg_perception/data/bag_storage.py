@@ -196,7 +196,7 @@ def unzstd_message(raw: bytes) -> bytes:
 
 
 def ros_type(name: str) -> str:
-    """ "package/msg/Name" for the spellings of ROS 1 (package/Name) and DDS (package::msg::dds_::Name_)."""
+    """package/msg/Name, also where it is spelled as in ROS 1 (package/Name) or DDS (package::msg::dds_::Name_)."""
     parts = [part for part in re.split(r"::|/", name) if part != "dds_"]
     if "::dds_::" in name:
         parts[-1] = parts[-1].removesuffix("_")
@@ -215,9 +215,15 @@ class StorageFile(ABC):
         self.first_ns, self.last_ns = 0, 0
         self._handle: Any = None
 
-    @abstractmethod
     def blocks(self, wanted: Collection[Channel]) -> Iterator[Block]:
         """Blocks with messages of the channels, by first_ns; to be loaded one after the other."""
+        # The first is empty: whoever merges files opens this one only when its time has come.
+        yield Block(self.first_ns, tuple)
+        yield from self._blocks(wanted)
+        self.close()
+
+    @abstractmethod
+    def _blocks(self, wanted: Collection[Channel]) -> Iterator[Block]: ...
 
     def close(self) -> None:
         handle, self._handle = self._handle, None
@@ -308,10 +314,9 @@ class McapFile(StorageFile):
         self._scan()
         self._runs.sort()
 
-    def blocks(self, wanted: Collection[Channel]) -> Iterator[Block]:
+    def _blocks(self, wanted: Collection[Channel]) -> Iterator[Block]:
         for run in self._runs:
             yield Block(run.first_ns, partial(self._load, run, wanted))
-        self.close()
 
     def _load(self, run: _Run, wanted: Collection[Channel]) -> Iterator[Record]:
         for opcode, body in self._records(run):
@@ -560,11 +565,10 @@ class SqliteFile(StorageFile):
             raise BagError(f"{path} is no rosbag2 database, or its list of topics is damaged: {error}") from error
         self._summarise()
 
-    def blocks(self, wanted: Collection[Channel]) -> Iterator[Block]:
+    def _blocks(self, wanted: Collection[Channel]) -> Iterator[Block]:
         topic_ids = [topic_id for topic_id, channel in self._topics.items() if channel in wanted]
         for log_ns, row, topic_id in self._rows(topic_ids):
             yield Block(log_ns, partial(self._load, log_ns, row, self._topics[topic_id]))
-        self.close()
 
     def _load(self, log_ns: int, row: int, channel: Channel) -> list[Record]:
         try:
@@ -660,7 +664,7 @@ class Ros1File(StorageFile):
         if reader.message_count:
             self._span(reader.start_time, reader.end_time)
 
-    def blocks(self, wanted: Collection[Channel]) -> Iterator[Block]:
+    def _blocks(self, wanted: Collection[Channel]) -> Iterator[Block]:
         reader = self._reader()
         connections = [connection for connection in reader.connections if _ros1_channel(connection) in wanted]
         try:
@@ -669,7 +673,6 @@ class Ros1File(StorageFile):
                 yield Block(log_ns, partial(list, (record,)))
         except Exception as error:  # rosbags raises whatever parsing damaged bytes raises
             self._damaged(0, f"{error}; nothing after it could be read")
-        self.close()
 
     def _reader(self) -> Any:
         from rosbags.rosbag1 import Reader

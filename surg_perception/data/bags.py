@@ -26,6 +26,7 @@ from surg_perception.data.bag_storage import (
     BagProblem,
     Channel,
     Problems,
+    Record,
     StorageFile,
     Workspace,
     in_log_order,
@@ -161,10 +162,13 @@ class BagReader:
                 continue
             yield record.channel.topic, record.channel.msgtype, record.log_ns, raw
 
-    def _records(self, wanted: Collection[Channel]) -> Iterator[Any]:
+    def _records(self, wanted: Collection[Channel]) -> Iterator[Record]:
         files = [file for file in self._files if wanted & file.counts.keys()]
         blocks = heapq.merge(*(file.blocks(wanted) for file in files), key=lambda block: block.first_ns)
-        return in_log_order(blocks)
+        try:
+            yield from in_log_order(blocks)
+        except OSError as error:
+            raise BagError(f"{self.path} cannot be read any further: {error}") from error
 
     def _open(self, topic: str) -> None:
         paths, said = self._locate()

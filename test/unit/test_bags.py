@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from mcap.reader import make_reader
 from mcap.writer import CompressionType
 
+from surg_perception.data import bag_storage
 from surg_perception.data.bag_storage import Block, Channel, Record, in_log_order
 from surg_perception.data.bags import BagError, BagReader
 from surg_perception.data.ros_types import typestore
@@ -747,6 +748,41 @@ def test_what_was_unpacked_is_removed(tmp_path, monkeypatch):
     assert not list(room.iterdir())
 
 
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_packed_files_are_unpacked_when_their_time_comes(tmp_path, monkeypatch, storage):
+    folder = tmp_path / "bag"
+    folder.mkdir()
+    for number in range(3):
+        stamps = [START_NS + STEP_NS * (2 * number + k) for k in range(2)]
+        part = bag_files.write_bag(tmp_path / f"p{number}", FRAMES[:2], "/image", storage, "file", stamps_ns=stamps)
+        file = only_file(part, "*.zstd")
+        shutil.copy(file, folder / f"bag_{number}{''.join(file.suffixes)}")
+    asked = []
+    unpacked = bag_storage.Workspace.unpacked
+    with BagReader(folder) as bag:
+        monkeypatch.setattr(
+            bag_storage.Workspace,
+            "unpacked",
+            lambda self, source, problems: (asked.append(source.name[:5]), unpacked(self, source, problems))[1],
+        )
+        found = [(image.stamp_ns, len(dict.fromkeys(asked))) for image in bag.images()]
+    assert found == list(zip(stamps_of(6), [1, 1, 2, 2, 3, 3], strict=True))
+
+
+def test_a_drive_that_fails_is_told(tmp_path, monkeypatch):
+    path = bag_files.write_mcap(tmp_path / "a.mcap", image_messages(FRAMES), chunk_size=4000)
+    with BagReader(path) as bag:
+        images = bag.images()
+        next(images)
+
+        def fail(run):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(bag._files[0], "_records", fail)
+        with pytest.raises(BagError, match=r"cannot be read any further: .*Input/output error"):
+            list(images)
+
+
 # --- Any damage ---
 
 
@@ -777,7 +813,9 @@ DAMAGE = st.one_of(
 )
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(name=st.sampled_from(NAMES), damages=st.lists(DAMAGE, min_size=1, max_size=4))
 def test_any_damage_ends_in_images_or_one_clear_error(tmp_path, good_bags, name, damages):
     data = bytearray(good_bags[name])
