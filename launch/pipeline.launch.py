@@ -239,7 +239,7 @@ class BringUp:
         if self.clients[i].service_is_ready():
             asked = self.clients[i].call_async(GetState.Request())
             asked.add_done_callback(lambda done: self.answer.__setitem__(i, done.result().current_state.label))
-        return [self._again(i, 0.3)]
+        return [self._again(i, 0.1)]
 
     def _again(self, i: int, after_s: float) -> Entity:
         return TimerAction(period=after_s, actions=[OpaqueFunction(function=self._configure, args=[i])])
@@ -382,7 +382,7 @@ def camera_nodes(argument: dict[str, str], go_on: bool) -> list[Entity]:
             arguments=["--ros-args", "--log-level", f"{name}:={argument['log_level']}"],
             output="screen",
             respawn=truth(argument["respawn"]),
-            respawn_delay=1.0,
+            respawn_delay=0.2,  # starting Python takes longer: a node that dies at once does not spin
         )
         for name in names
     ]

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several cameras in one launch: apart from each other, and one that fails leaves the others alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rclpy", reason="ROS 2 is not in the environment: `source setup.bash` first")
+
+from conftest import Graph, Launched, wait_until
+from rcl_interfaces.srv import GetParameters
+from surg_perception_msgs.msg import SurgicalPhase
+
+SMALL = ("source:=phantom", "source_width:=160", "source_height:=120", "source_rate_hz:=5", "source_duration_s:=3600")
+
+
+def phases_of(graph: Graph, *names: str) -> dict[str, list[SurgicalPhase]]:
+    return {name: graph.collect(SurgicalPhase, f"/surg_perception/{name}/phase/phase") for name in names}
+
+
+def wait_for_phases(phases: dict[str, list[SurgicalPhase]]) -> None:
+    counts = {name: len(messages) for name, messages in phases.items()}
+    for name, messages in phases.items():
+        wait_until(
+            lambda name=name, messages=messages: any(p.phase_id >= 0 for p in messages[counts[name] :]),
+            120,
+            f"phases of {name}",
+        )
+
+
+def namespace_of(pid: int) -> str:
+    command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return next(word for word in command if word.startswith("__ns:=")).removeprefix("__ns:=")
+
+
+def test_each_of_three_cameras_has_nodes_and_topics_of_its_own(launched: Any, graph: Graph) -> None:
+    phases = phases_of(graph, "left", "right", "psm1/wrist")
+    launch: Launched = launched(
+        "cameras:={left: {source_seed: 1, gate: true}, right: {source_seed: 2, threads: 3}, psm1/wrist: null}", *SMALL
+    )
+    wait_for_phases(phases)
+    nodes = {f"{space}/{name}" for name, space in graph.client.get_node_names_and_namespaces()}
+    expected = {f"/surg_perception/{camera}/{node}" for camera in phases for node in ("phase", "source")}
+    mine = {name for name in nodes if name.startswith("/surg_perception/") and not name.endswith("test_client")}
+    assert mine == expected | {"/surg_perception/left/gate"}, "and no vqa, which nobody asked for"
+    for camera in phases:
+        topic = f"/surg_perception/{camera}/image"
+        assert [p.node_namespace for p in graph.client.get_publishers_info_by_topic(topic)] == [
+            f"/surg_perception/{camera}"
+        ]
+        assert {s.node_name for s in graph.client.get_subscriptions_info_by_topic(topic)} == {"phase"}
+
+    share = max(1, len(os.sched_getaffinity(0)) // 3)
+    for camera, threads in (("left", share), ("right", 3), ("psm1/wrist", share)):
+        client = graph.client.create_client(GetParameters, f"/surg_perception/{camera}/phase/get_parameters")
+        assert client.wait_for_service(30)
+        future = client.call_async(GetParameters.Request(names=["runtime.threads"]))
+        wait_until(future.done, 30, f"the parameters of {camera}")
+        assert future.result().values[0].integer_value == threads
+    assert launch.stop() == 0
+    assert "Traceback" not in launch.text()
+
+
+def test_a_camera_that_fails_leaves_the_other_alone(launched: Any, graph: Graph) -> None:
+    phases = phases_of(graph, "left", "right")
+    launch: Launched = launched("cameras:={left: null, right: null, broken: {model: no_such_model}}", *SMALL)
+    wait_for_phases(phases)
+    wait_until(lambda: "/surg_perception/broken/phase could not be configured" in launch.text(), 60, "the failure")
+
+    (left,) = [pid for pid in launch.pids("/surg_perception/phase_node") if namespace_of(pid).endswith("/left")]
+    os.kill(left, signal.SIGKILL)
+    wait_until(
+        lambda: "/surg_perception/left/phase ended with exit status -9" in launch.text(), 30, "its end in the log"
+    )
+    wait_for_phases({"right": phases["right"]})
+    assert launch.process.poll() is None
+
+
+def test_on_failure_stop_ends_the_launch(launched: Any) -> None:
+    launch: Launched = launched("cameras:={left: null, broken: {model: no_such_model}}", "on_failure:=stop", *SMALL)
+    assert launch.process.wait(120) == 1
+    assert "broken/phase could not be configured" in launch.text()
+
+
+@pytest.mark.parametrize(
+    ("cameras", "says"),
+    [
+        ("{left/: a}", "a name is letters"),
+        ("{left: a, left: b}", "is there 2 times"),
+        ("{left: {imgae: a}}", "did you mean image?"),
+        ("{left: {namespace: a}}", "no argument of one camera"),
+        ("{left: {vqa: maybe}}", "expected one of: auto, true, false"),
+        ("{left: [1]}", "expected {name: topic"),
+        ("{left", "expected {name: topic"),
+        ("{}", "expected {name: topic"),
+        ("/no/such/cameras.yaml", "No such file"),
+    ],
+)
+def test_a_list_of_cameras_that_cannot_be_meant_is_refused(launched: Any, cameras: str, says: str) -> None:
+    launch: Launched = launched(f"cameras:={cameras}")
+    assert launch.process.wait(60) == 1
+    assert says in launch.text()
+    assert "process started" not in launch.text()
+
+
+def test_the_cameras_can_stand_in_a_file(launched: Any, graph: Graph, tmp_path: Path) -> None:
+    file = tmp_path / "cameras.yaml"
+    file.write_text("left: /left/image_raw\nright:\n  image: /right/image_raw\n  threads: 1\n")
+    launched(f"cameras:={file}", "namespace:=ECM")
+    for camera in ("left", "right"):
+        wait_until(
+            lambda topic=f"/{camera}/image_raw": [
+                s.node_namespace for s in graph.client.get_subscriptions_info_by_topic(topic)
+            ],
+            120,
+            f"the subscription of {camera}",
+        )
+        infos = graph.client.get_subscriptions_info_by_topic(f"/{camera}/image_raw")
+        assert {s.node_namespace for s in infos} == {f"/ECM/{camera}"}
