@@ -476,11 +476,7 @@ class McapFile(StorageFile):
         file.seek(run.start)
         data = file.read(min(run.end - run.start, 2 * MAX_CHUNK_BYTES))
         try:
-            if run.chunk:
-                data, whole = _unpack_chunk(data)
-            else:
-                whole = True
-            yield from _records(data, whole)
+            yield from _records(*(_unpack_chunk(data, run.end == self._size) if run.chunk else (data, True)))
         except _Damage as damage:
             self._damaged(run.start, f"the {'chunk' if run.chunk else 'records'} at byte {run.start}: {damage}")
 
@@ -489,7 +485,7 @@ class _Damage(Exception):
     """What is wrong with a part of a file."""
 
 
-def _records(data: bytes, whole: bool = True) -> Iterator[tuple[int, memoryview]]:
+def _records(data: bytes | memoryview, whole: bool = True) -> Iterator[tuple[int, memoryview]]:
     view, position = memoryview(data), 0
     while position < len(data):
         end = len(data) + 1
@@ -511,16 +507,16 @@ def _parse(kind: Any, body: bytes | memoryview) -> Any:
         raise _Damage(f"not readable ({error})") from error
 
 
-def _unpack_chunk(record: bytes) -> tuple[bytes, bool]:
-    """What a chunk record holds, and whether it is whole: of one cut by the end of the file, the part that is there."""
+def _unpack_chunk(record: bytes, last: bool) -> tuple[bytes | memoryview, bool]:
+    """What a chunk record holds, and whether it is whole: the last one of a file may be cut, and its begin is good."""
     _, _, size, checksum, name_length = _CHUNK.unpack_from(record, _RECORD.size)
     position = _RECORD.size + _CHUNK.size + name_length
     if position + 8 > len(record):
         raise _Damage("its head is incomplete")
     compression = record[position - name_length : position].decode(errors="replace")
     (length,) = struct.unpack_from("<Q", record, position)
-    data = record[position + 8 : position + 8 + length]
-    cut = len(data) < length
+    data: bytes | memoryview = memoryview(record)[position + 8 : position + 8 + length]
+    cut = last and len(data) < length
     if size > MAX_CHUNK_BYTES:
         raise _Damage(f"it claims {size} bytes")
     try:
