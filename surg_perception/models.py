@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -235,15 +236,17 @@ class ModelCard:
         Raises:
             ModelError: a file is missing or is not the one that the card names.
         """
-        for kind in which or self.files:
-            path: Path = getattr(self, f"{kind}_path")
+        paths: dict[str, Path] = {kind: getattr(self, f"{kind}_path") for kind in which or self.files}
+        for kind, path in paths.items():
             if not path.is_file():
                 raise ModelError(
                     f"{self.folder / CARD_NAME}: files.{kind} names {path.name!r}, but there is no such file "
                     f"in {self.folder}; copy the model folder again, whole"
                 )
+        with ThreadPoolExecutor() as pool:  # a start waits for this
+            hashes = list(pool.map(sha256_of, paths.values()))
+        for (kind, path), found in zip(paths.items(), hashes, strict=True):
             expected = self.files[kind].sha256
-            found = sha256_of(path)
             if found != expected:
                 raise ModelError(
                     f"{path}: sha256 is {found}, expected {expected} (files.{kind}.sha256 of {CARD_NAME}). "
@@ -297,11 +300,29 @@ class ModelCard:
 
 def sha256_of(path: str | Path) -> str:
     """sha256 of a file's content, 64 hex digits."""
+    path = Path(path)
+    stamp = _stamp(path)
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+    _hashes[path] = stamp, digest.hexdigest()
     return digest.hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """`sha256_of`, taken once in a process unless the file is replaced or written to. To find things by, no check."""
+    stamp, digest = _hashes.get(path, ((), ""))
+    return digest if stamp == _stamp(path) else sha256_of(path)
+
+
+_hashes: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_card(folder: str | Path) -> ModelCard:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surg_perception.models import ModelCard, ModelError, find_model
-from surg_perception.runtime.agreement import Outputs, compare, reference_frames, unsound
+from surg_perception.runtime.agreement import Agreement, Outputs, compare, reference_frames, unsound
 from surg_perception.runtime.graph import FRAME_SHAPE
 from surg_perception.runtime.model_repository import MAX_BATCH, ModelServer
 
@@ -115,6 +115,11 @@ class Backend(ABC):
     def _free(self) -> None:
         """Let go of the engine."""
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether it computes as the reference does: fp32 on the CPU."""
+        return (self.device, self.precision) == ("CPU", "fp32")
+
     def reference(self) -> Backend | None:
         """An engine in fp32 on the CPU whose outputs this one's must be, for the caller to close.
 
@@ -123,9 +128,17 @@ class Backend(ABC):
         Raises:
             BackendUnavailable: it does not load.
         """
-        if (self.device, self.precision) == ("CPU", "fp32"):
+        if self.is_reference:
             return None
         return _construct(type(self), self.card, "CPU", "fp32", self.threads)
+
+    def kept_reference(self) -> Outputs | None:
+        """What `reference`, or this one where there is none, gave on the sample frames at an earlier start, if kept."""
+        return None
+
+    def keep_reference(self, outputs: Outputs) -> None:
+        """Keep what `reference` gave on the sample frames for later starts, where the engine has a place for it."""
+        _logger.debug("%s keeps no outputs", self.name)
 
     @property
     def name(self) -> str:
@@ -463,20 +476,41 @@ def _check(backend: Backend, standby: bool) -> None:
     problems = list(unsound(outputs))
     if problems:
         raise BackendUnavailable(f"gives wrong outputs on sample frames: {'; '.join(problems)}")
-    fp32 = backend.reference()
-    if fp32 is None:
-        agreement, reference = compare(_on_samples(backend), outputs), "itself"
-    else:
-        with contextlib.ExitStack() as stack:
-            stack.callback(fp32.close)
-            agreement, reference = compare(outputs, _on_samples(fp32)), fp32.name
-            if standby and agreement.holds and fp32.device != backend.device:
-                stack.pop_all()
-                backend.standby = fp32
+    agreement, reference = _agreement_with_kept(backend, outputs), "fp32 at an earlier start"
+    if agreement is None:
+        agreement, reference = _agreement_with_fp32(backend, outputs, standby)
     if not agreement.holds:
         refused = PrecisionRefused if backend.precision != "fp32" else BackendUnavailable
         raise refused(f"disagrees with {reference} on {len(outputs[0])} sample frames: {agreement}")
     backend.notes.append(f"{backend.name}: agrees with {reference} on {len(outputs[0])} sample frames: {agreement}")
+
+
+def _agreement_with_kept(backend: Backend, outputs: Outputs) -> Agreement | None:
+    """Agreement with what fp32 gave at an earlier start; None where fp32 itself has to be asked."""
+    kept = backend.kept_reference()
+    if kept is None or any(found.shape != known.shape for found, known in zip(outputs, kept, strict=True)):
+        return None
+    agreement = compare(outputs, kept)
+    return agreement if agreement.holds or backend.is_reference else None
+
+
+def _agreement_with_fp32(backend: Backend, outputs: Outputs, standby: bool) -> tuple[Agreement, str]:
+    """Agreement with fp32 on the CPU, which stays as the standby if it may; and who that was."""
+    fp32 = backend.reference()
+    if fp32 is None:
+        expected, reference = _on_samples(backend), "itself"
+        agreement = compare(outputs, expected)
+    else:
+        with contextlib.ExitStack() as stack:
+            stack.callback(fp32.close)
+            expected, reference = _on_samples(fp32), fp32.name
+            agreement = compare(outputs, expected)
+            if standby and agreement.holds and fp32.device != backend.device:
+                stack.pop_all()
+                backend.standby = fp32
+    if agreement.holds:
+        backend.keep_reference(expected)
+    return agreement, reference
 
 
 def _on_samples(backend: Backend) -> Outputs:

@@ -94,14 +94,16 @@ class Entry:
     Attributes:
         path: of the engine.
         facts: its side file: `key`, `sha256`, `bytes`, and what the builder noted.
+        content: of the file, if it has just been read to see that it is whole.
     """
 
     path: Path
     facts: Mapping[str, Any]
+    content: bytes | None = field(default=None, repr=False)
 
     def read(self) -> bytes:
         """The engine."""
-        return self.path.read_bytes()
+        return self.path.read_bytes() if self.content is None else self.content
 
     @property
     def jit_path(self) -> Path:
@@ -142,13 +144,13 @@ class EngineCache:
             if not key.served_by(facts["key"]):
                 continue
             path = side_file.with_suffix(".engine")
-            fault = _fault(path, facts)
+            content, fault = _whole(path, facts)
             if fault:
                 reasons.append(fault)
                 _logger.warning("engine %s is not used: %s", path, fault)
                 continue
             _touch(side_file)
-            return Entry(path, facts), ""
+            return Entry(path, facts, content), ""
         if reasons:
             return None, "; ".join(reasons)
         near = [
@@ -317,19 +319,19 @@ class EngineCache:
             os.close(descriptor)
 
 
-def _fault(path: Path, facts: Mapping[str, Any]) -> str:
-    """What is wrong with an engine's file; "" if it is whole."""
+def _whole(path: Path, facts: Mapping[str, Any]) -> tuple[bytes, str]:
+    """An engine's content, and what is wrong with its file; "" if it is whole."""
     if not path.exists() and not path.is_symlink():
-        return "its file is missing"
+        return b"", "its file is missing"
     unsafe = _unsafe(path)
     if unsafe:
-        return unsafe
+        return b"", unsafe
     content = path.read_bytes()
     if len(content) != facts.get("bytes"):
-        return f"it has {len(content)} bytes, expected {facts.get('bytes')}; it is damaged"
+        return content, f"it has {len(content)} bytes, expected {facts.get('bytes')}; it is damaged"
     if hashlib.sha256(content).hexdigest() != facts.get("sha256"):
-        return "its sha256 is not the one noted when it was built; it is damaged or another one"
-    return ""
+        return content, "its sha256 is not the one noted when it was built; it is damaged or another one"
+    return content, ""
 
 
 def _unsafe(path: Path) -> str:

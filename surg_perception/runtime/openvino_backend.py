@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +18,8 @@ from numpy.typing import NDArray
 from openvino import opset13
 from openvino.passes import ConstantFolding, Manager
 
-from surg_perception.models import ModelCard, ModelError, sha256_of
+from surg_perception.models import ModelCard, ModelError, known_sha256
+from surg_perception.runtime.agreement import Outputs, reference_frames
 from surg_perception.runtime.backend import Backend, BackendUnavailable, first_line
 from surg_perception.runtime.engine_cache import CacheError, EngineCache, EngineKey
 from surg_perception.runtime.graph import FRAME_SHAPE, GraphFacts, RunGraph, Shape, check_contract
@@ -35,18 +38,6 @@ _W8_FROM_ELEMENTS = 1 << 16  # smaller matrices stay in the processor's caches a
 @lru_cache(maxsize=1)
 def _core() -> Any:
     return openvino.Core()
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is replaced or written to."""
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-@lru_cache(maxsize=8)
-def _sha256_of_graph(path: Path, *stamp: int) -> str:
-    """sha256 of a file; taken once for an engine and the fp32 one that it is compared with."""
-    return sha256_of(path)
 
 
 class OpenVinoBackend(Backend):
@@ -117,7 +108,7 @@ class OpenVinoBackend(Backend):
         properties = ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
         cpu, capabilities = (_core().get_property(self.device, name) for name in properties)
         key = EngineKey(
-            graph_sha256=_sha256_of_graph(self.card.graph_path, *_stamp(self.card.graph_path)),
+            graph_sha256=known_sha256(self.card.graph_path),
             flavour="openvino",
             version=openvino.get_version(),
             gpu="",
@@ -125,12 +116,42 @@ class OpenVinoBackend(Backend):
             precision=self.precision,
             shapes={"frame": (1, *FRAME_SHAPE)},
             options={
-                "changes": sha256_of(__file__),  # what is done to the graph before it is compiled
+                "changes": known_sha256(Path(__file__)),  # what is done to the graph before it is compiled
                 "threads": self.threads,
                 "capabilities": sorted(capabilities),
             },
         )
         return [replace(key, options={**key.options, "part": part}) for part in self._parts]
+
+    def _reference_key(self) -> EngineKey:
+        """What the outputs of fp32 on the sample frames are found by: what its engine depends on, and the frames."""
+        key, frames = self._keys()[0], hashlib.sha256(reference_frames().tobytes()).hexdigest()
+        return replace(key, precision="fp32", options={**key.options, "part": "outputs", "frames": frames})
+
+    def kept_reference(self) -> Outputs | None:
+        if self.device != "CPU":
+            return None
+        try:
+            entry, _ = EngineCache("openvino", "compiled models").find(self._reference_key())
+            if entry is None:
+                return None
+            with np.load(io.BytesIO(entry.read())) as kept:
+                return kept["probabilities"], kept["latent"]
+        except (CacheError, OSError, ValueError, KeyError) as error:
+            _logger.warning("%s is compared with fp32 anew: %s", self.card.model_id, first_line(error))
+            return None
+
+    def keep_reference(self, outputs: Outputs) -> None:
+        if self.device != "CPU":
+            return
+        content = io.BytesIO()
+        np.savez(content, probabilities=outputs[0], latent=outputs[1])
+        try:
+            facts = {"model": self.card.model_id}
+            cache = EngineCache("openvino", "compiled models")
+            cache.get(self._reference_key(), lambda: (content.getvalue(), facts), force=True)
+        except (CacheError, OSError) as error:
+            _logger.warning("%s", error)
 
     def _type(self, part: str) -> Any:
         return openvino.Type.f32 if part == "head" else _TYPES[self.precision]

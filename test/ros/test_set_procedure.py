@@ -235,7 +235,7 @@ def test_bad_models_are_refused_with_the_reason_and_cost_no_image(
 def slowed(theatre: Theatre) -> threading.Event:
     """Loading waits for the event that is returned."""
     gate, load = threading.Event(), theatre.node._load_other
-    theatre.node._load_other = lambda text: (gate.wait(30.0), load(text))[1]
+    theatre.node._load_other = lambda *request: (gate.wait(30.0), load(*request))[1]
     return gate
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,12 @@ def test_int8_weights_are_for_the_cpu() -> None:
 # Compiled models ----------------------------------------------------------------------------------------------
 
 
+def kept(cache: Path, part: str) -> list[Path]:
+    """What is kept of models in this part: "whole", "encoder", "head", or "outputs" of fp32 on the sample frames."""
+    facts = {path: json.loads(path.read_bytes()) for path in cache.glob("*.json")}
+    return [path.with_suffix(".engine") for path in facts if facts[path]["key"]["options"]["part"] == part]
+
+
 def no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_model(self: OpenVinoBackend, batch: int) -> Any:
         raise AssertionError("compiled")
@@ -130,7 +137,7 @@ def test_the_second_start_compiles_nothing_and_gives_the_same_numbers(
     frame = reference_frames()[3]
     with opened_in(card) as first:
         expected = first.infer(frame)
-    assert (len(list(cache.glob("*.engine"))), cache.stat().st_mode & 0o777) == (1, 0o700)
+    assert (len(kept(cache, "whole")), cache.stat().st_mode & 0o777) == (1, 0o700)
     with monkeypatch.context() as patched:
         no_compiling(patched)
         with opened_in(card) as second:
@@ -149,7 +156,7 @@ def test_another_number_of_threads_or_graph_is_another_compiled_model(
     for model, threads in ((card, 1), (card, 2), (other, 1)):
         with opened_in(model, threads=threads) as opened:
             assert not any("earlier start" in note for note in opened.notes)
-    assert len(list(cache.glob("*.engine"))) == 3
+    assert len(kept(cache, "whole")) == 3
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "foreign"])
@@ -159,7 +166,7 @@ def test_a_damaged_compiled_model_is_made_anew(
     frame = reference_frames()[3]
     with opened_in(card) as first:
         expected = first.infer(frame)
-    (path,) = cache.glob("*.engine")
+    (path,) = kept(cache, "whole")
     content = bytearray(path.read_bytes())
     if damage == "cut":
         path.write_bytes(content[: len(content) // 2])
@@ -168,14 +175,72 @@ def test_a_damaged_compiled_model_is_made_anew(
         path.write_bytes(content)
     else:  # whole, as its side file says, but nothing that OpenVINO reads
         path.write_bytes(b"nonsense" * 999)
-        monkeypatch.setattr("surg_perception.runtime.engine_cache._fault", lambda path, facts: "")
+        monkeypatch.setattr("surg_perception.runtime.engine_cache._whole", lambda path, _: (path.read_bytes(), ""))
     with opened_in(card) as second:
         np.testing.assert_array_equal(second.infer(frame)[0], expected[0])
-        assert not any("earlier start" in note for note in second.notes)
+        assert not any("compiled by an earlier start" in note for note in second.notes)
     assert len(log) == 1
     assert path.read_bytes()[:8] != b"nonsense"
     with opened_in(card) as third:
-        assert any("earlier start" in note for note in third.notes)
+        assert any("compiled by an earlier start" in note for note in third.notes)
+
+
+def test_a_later_start_is_compared_with_what_fp32_gave_at_the_first(
+    card: ModelCard, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_backend, "_W8_FROM_ELEMENTS", 1)
+    with opened_in(card, "fp32-w8") as first:
+        assert any("agrees with openvino:CPU:fp32 on 16 sample frames" in note for note in first.notes)
+    assert len(kept(cache, "outputs")) == 1
+    asked: list[Any] = []
+    monkeypatch.setattr(OpenVinoBackend, "reference", lambda self: asked.append(self))
+    for precision in ("fp32-w8", "fp32"):
+        with opened_in(card, precision) as second:
+            assert any("agrees with fp32 at an earlier start on 16 sample frames" in note for note in second.notes)
+    assert not asked, "no second engine is loaded"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp32-w8"])
+def test_an_engine_that_no_longer_gives_what_it_gave_is_refused(
+    card: ModelCard, cache: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_backend, "_W8_FROM_ELEMENTS", 1)
+    opened_in(card, precision).close()
+
+    infer = OpenVinoBackend._run
+
+    def other(self: OpenVinoBackend, frames: Any) -> Any:
+        p, z = infer(self, frames)
+        return (p, z) if self.precision != precision else (np.roll(p, 1, axis=1), z)
+
+    monkeypatch.setattr(OpenVinoBackend, "_run", other)
+    who = "fp32 at an earlier start" if precision == "fp32" else "openvino:CPU:fp32"
+    with pytest.raises(BackendUnavailable, match=f"disagrees with {who} on 16 sample frames"):
+        opened_in(card, precision)
+
+
+@pytest.mark.parametrize("damage", ["bit", "foreign", "shape"])
+def test_outputs_that_are_damaged_are_made_anew(
+    card: ModelCard, cache: Path, log: list[str], damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened_in(card).close()
+    (path,) = kept(cache, "outputs")
+    content = path.read_bytes()
+    with monkeypatch.context() as patched:
+        if damage == "bit":
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        else:  # whole, as its side file says
+            patched.setattr("surg_perception.runtime.engine_cache._whole", lambda path, _: (path.read_bytes(), ""))
+            if damage == "foreign":
+                path.write_bytes(b"nonsense" * 999)
+            else:
+                with path.open("wb") as file:
+                    np.savez(file, probabilities=np.zeros((16, 9)), latent=np.zeros((16, 8, 4, 4)))
+        with opened_in(card) as opened:
+            assert any("agrees with itself" in note for note in opened.notes)
+    assert len(log) == (damage != "shape")
+    with opened_in(card) as opened:
+        assert any("agrees with fp32 at an earlier start" in note for note in opened.notes)
 
 
 def test_a_cache_that_others_may_write_is_not_used(card: ModelCard, cache: Path) -> None:
