@@ -38,22 +38,35 @@ def namespace_of(pid: int) -> str:
     return next(word for word in command if word.startswith("__ns:=")).removeprefix("__ns:=")
 
 
+def ends(query: Any, topic: str) -> set[tuple[str, str]]:
+    """Names and namespaces of the publishers or subscriptions of a topic, once they are known."""
+
+    def known() -> set[tuple[str, str]]:
+        found = {(end.node_name, end.node_namespace) for end in query(topic)}
+        return set() if any("UNKNOWN" in name for name, _ in found) else found
+
+    return wait_until(known, 120, f"who publishes or subscribes {topic}")
+
+
 def test_each_of_three_cameras_has_nodes_and_topics_of_its_own(launched: Any, graph: Graph) -> None:
     phases = phases_of(graph, "left", "right", "psm1/wrist")
     launch: Launched = launched(
         "cameras:={left: {source_seed: 1, gate: true}, right: {source_seed: 2, threads: 3}, psm1/wrist: null}", *SMALL
     )
     wait_for_phases(phases)
-    nodes = {f"{space}/{name}" for name, space in graph.client.get_node_names_and_namespaces()}
-    expected = {f"/surg_perception/{camera}/{node}" for camera in phases for node in ("phase", "source")}
-    mine = {name for name in nodes if name.startswith("/surg_perception/") and not name.endswith("test_client")}
-    assert mine == expected | {"/surg_perception/left/gate"}, "and no vqa, which nobody asked for"
+    expected = {(node, f"/surg_perception/{camera}") for camera in phases for node in ("phase", "source")}
+    expected.add(("gate", "/surg_perception/left"))
+
+    def theirs() -> set[tuple[str, str]]:
+        nodes = graph.client.get_node_names_and_namespaces()
+        return {(name, space) for name, space in nodes if space.startswith("/surg_perception/")}
+
+    wait_until(lambda: theirs() >= expected, 30, "all nodes")
+    assert theirs() == expected, "and no vqa, which nobody asked for"
     for camera in phases:
-        topic = f"/surg_perception/{camera}/image"
-        assert [p.node_namespace for p in graph.client.get_publishers_info_by_topic(topic)] == [
-            f"/surg_perception/{camera}"
-        ]
-        assert {s.node_name for s in graph.client.get_subscriptions_info_by_topic(topic)} == {"phase"}
+        space, topic = f"/surg_perception/{camera}", f"/surg_perception/{camera}/image"
+        assert ends(graph.client.get_publishers_info_by_topic, topic) == {("source", space)}
+        assert ends(graph.client.get_subscriptions_info_by_topic, topic) == {("phase", space)}
 
     share = max(1, len(os.sched_getaffinity(0)) // 3)
     for camera, threads in (("left", share), ("right", 3), ("psm1/wrist", share)):
@@ -113,12 +126,5 @@ def test_the_cameras_can_stand_in_a_file(launched: Any, graph: Graph, tmp_path: 
     file.write_text("left: /left/image_raw\nright:\n  image: /right/image_raw\n  threads: 1\n")
     launched(f"cameras:={file}", "namespace:=ECM")
     for camera in ("left", "right"):
-        wait_until(
-            lambda topic=f"/{camera}/image_raw": [
-                s.node_namespace for s in graph.client.get_subscriptions_info_by_topic(topic)
-            ],
-            120,
-            f"the subscription of {camera}",
-        )
-        infos = graph.client.get_subscriptions_info_by_topic(f"/{camera}/image_raw")
-        assert {s.node_namespace for s in infos} == {f"/ECM/{camera}"}
+        found = ends(graph.client.get_subscriptions_info_by_topic, f"/{camera}/image_raw")
+        assert found == {("phase", f"/ECM/{camera}")}
