@@ -67,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
 
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _interrupts() as interrupted, Progress(*columns, console=console, transient=True) as bars:
+    quiet = not console.is_terminal
+    with _interrupts() as interrupted, Progress(*columns, console=console, transient=True, disable=quiet) as bars:
         bar = bars.add_task("", total=None)
         try:
             outcome = run_replay(

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from surg_perception.nodes.parameter_table import ParameterTable
+from surg_perception.nodes.parameter_table import TABLES, ParameterTable
 
 _VALUES = "ros__parameters"
 
@@ -27,7 +27,7 @@ def node_values(
         assignments: "NAME:=VALUE" for every node that has such a parameter, or "NODE:NAME:=VALUE".
 
     Raises:
-        ValueError: a file that is no parameter file, a parameter that the node does not have, or a value that it does
+        ValueError: a file that is no parameter file, a parameter that none of the nodes has, or a value that it does
             not take.
     """
     given: dict[str, Any] = {}
@@ -39,7 +39,9 @@ def node_values(
         if for_node == table.node or (not for_node and name in table):
             given[name] = value
     try:
-        if unknown := table.unknown(given):
+        # A section for all nodes holds parameters of the others too.
+        others = {name for name in given if any(name in other for other in TABLES.values())}
+        if unknown := table.unknown(name for name in given if name not in others):
             raise ValueError("; ".join(unknown))
         return table.with_defaults(given)
     except ValueError as error:

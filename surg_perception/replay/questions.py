@@ -216,8 +216,9 @@ class QuestionReplay:
             if refusal is None:
                 refusal = QuestionRefused("INTERNAL", f"{type(error).__name__}: {error}")
             reason = str(refusal)
-            if refusal.code_name == "NO_FRAMES" and self._refused_because:
-                reason += f": the last image was refused: {self._refused_because}"
+            if refusal.code_name == "NO_FRAMES":
+                reason = f"no image in the last {self._length_s:g} s"
+                reason += f": the last one was refused: {self._refused_because}" if self._refused_because else ""
             found = replace(found, error=refusal.code_name, error_message=reason)
         if windows:
             found = replace(

@@ -88,7 +88,7 @@ def run_replay(
         raise ValueError("--update writes the golden file: name it with --golden FILE")
     values, vqa_values = _parameters(namespace, params, assignments, model, backend, precision, vqa_model)
     plan = read_plan(questions) if questions is not None else []
-    expected = _expected(golden, update)
+    expected = expected_of(golden, update)
     with BagReader(bag, topic) as reader:
         say("loading the model")
         phases = PhaseReplay(values, say)
@@ -98,7 +98,7 @@ def run_replay(
                 say("loading the model for questions")
                 assistant = _assistant(vqa_values)
                 asked, vqa_model_id = QuestionReplay(plan, assistant, vqa_values), assistant.model_id
-            _prepare(out, force)
+            prepare(out, force)
             say("")
             replayed = replay(
                 reader,
@@ -112,12 +112,31 @@ def run_replay(
             )
         finally:
             phases.close()
-    notes = list(replayed.notes)
+    outcome = conclude(replayed, out, golden, expected, update)
+    if not replayed.interrupted and all(frame.state == REJECTED for frame in replayed.frames):
+        reason = f": {replayed.frames[0].error}" if replayed.frames else ""
+        raise ReplayFailed(f"none of the {len(replayed.frames)} images of {replayed.topic} can be used{reason}")
+    return outcome
+
+
+def conclude(
+    replayed: Replayed, out: Path, golden: Path | None = None, expected: Golden | None = None, update: bool = False
+) -> Outcome:
+    """Compare a replay with the golden file, or write that; then differences.txt and the picture of the phases.
+
+    Args:
+        golden, expected: the golden file and what it holds, as `expected_of` gives it.
+        update: write it, with its tolerances, instead.
+
+    Raises:
+        GoldenError: it is of another bag.
+    """
+    notes = [note for note in replayed.notes if "was asked for" in note]
     comparison, updated = None, False
-    if replayed.frames and not replayed.interrupted:
-        if update and golden is not None:
+    if replayed.frames and not replayed.interrupted and golden is not None:
+        if update:
             Golden.of(replayed, expected.tolerances if expected else None).write(golden)
-            expected, updated = None, True
+            updated = True
         elif expected is not None:
             comparison = expected.compare(replayed)
             notes += comparison.notes
@@ -128,9 +147,6 @@ def run_replay(
             plot(out / "phases.png", replayed, expected if comparison else None, comparison)
         except ImportError as error:
             notes.append(f"no picture of the phases: {error}")
-    if not replayed.interrupted and all(frame.state == REJECTED for frame in replayed.frames):
-        reason = f": {replayed.frames[0].error}" if replayed.frames else ""
-        raise ReplayFailed(f"none of the {len(replayed.frames)} images of {replayed.topic} can be used{reason}")
     return Outcome(out, replayed, comparison, updated, notes)
 
 
@@ -169,8 +185,12 @@ def _assistant(values: dict[str, Any]) -> Any:
     return Assistant.load(folder, threads=values["runtime.threads"] or default_threads())
 
 
-def _expected(golden: Path | None, update: bool) -> Golden | None:
-    """The golden file, read before anything costs time."""
+def expected_of(golden: Path | None, update: bool = False) -> Golden | None:
+    """What a golden file holds; None without one, or where it is still to be written.
+
+    Raises:
+        ValueError: it is not there, or cannot be read.
+    """
     if golden is None:
         return None
     if golden.exists():
@@ -180,8 +200,12 @@ def _expected(golden: Path | None, update: bool) -> Golden | None:
     raise ValueError(f"there is no golden file {golden}: write it with --update, look at it, and keep it with the test")
 
 
-def _prepare(out: Path, force: bool) -> None:
-    """Make the folder, without results of a former replay in it."""
+def prepare(out: Path, force: bool = False) -> None:
+    """Make the folder for the results, without those of a former replay in it.
+
+    Raises:
+        ValueError: there is something in it, and force does not allow to replace it.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, expected a folder for the results")
     there = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
