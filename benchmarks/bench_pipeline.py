@@ -49,7 +49,9 @@ def pictures(width: int, height: int) -> list[np.ndarray]:
     return [phantom.frame(round((i + 0.5) * len(phantom) / PICTURES))[0] for i in range(PICTURES)]
 
 
-def camera(width: int, height: int, rate_hz: float, transport: str, duration_s: float) -> None:
+def camera(
+    width: int, height: int, rate_hz: float, transport: str, duration_s: float, namespace: str = "surg_perception"
+) -> None:
     """Publish at rate_hz for duration_s as a camera driver does (best effort, depth 1); print how many were sent."""
     messages: list[Any] = []
     for bgr in pictures(width, height):
@@ -59,7 +61,7 @@ def camera(width: int, height: int, rate_hz: float, transport: str, duration_s: 
         else:
             messages.append(CompressedImage(format="jpeg", data=encode_jpeg(bgr, 90)))
     rclpy.init()
-    node = rclpy.create_node("camera", namespace="surg_perception")
+    node = rclpy.create_node("camera", namespace=namespace)
     topic = "image" if transport == "raw" else "image/compressed"
     qos = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
     publisher = node.create_publisher(type(messages[0]), topic, qos)
@@ -75,6 +77,18 @@ def camera(width: int, height: int, rate_hz: float, transport: str, duration_s: 
         sent += 1
     print(sent, flush=True)
     time.sleep(1.0)
+
+
+def with_profile(environment: dict[str, str]) -> dict[str, str]:
+    """The environment that a camera driver outside the launch file needs for large images (docs/large_images.md)."""
+    return {
+        **environment,
+        "FASTDDS_DEFAULT_PROFILES_FILE": str(PROFILE),
+        "FASTRTPS_DEFAULT_PROFILES_FILE": str(PROFILE),
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(2**31),
+        "MALLOC_TOP_PAD_": str(2**26),
+    }
 
 
 def measure(case: str, duration_s: float, own_profile: bool, model: str) -> dict[str, Any]:
@@ -100,10 +114,8 @@ def measure(case: str, duration_s: float, own_profile: bool, model: str) -> dict
             break
     else:
         raise RuntimeError("the pipeline did not come up: run its launch command by hand to see why")
-    if own_profile:  # a camera driver outside the launch file needs them too (docs/large_images.md)
-        environment.update(FASTDDS_DEFAULT_PROFILES_FILE=str(PROFILE), FASTRTPS_DEFAULT_PROFILES_FILE=str(PROFILE))
-        environment.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**31))
-        environment.update(MALLOC_TOP_PAD_=str(2**26))
+    if own_profile:
+        environment = with_profile(environment)
     driver = subprocess.Popen(
         [sys.executable, __file__, "--camera", str(width), str(height), str(rate_hz), transport, str(duration_s)],
         stdout=subprocess.PIPE,
