@@ -43,8 +43,9 @@ _MARGIN = 0.012
 _GLASS_SIDE = 640
 _GLASS_EVERY_S, _GLASS_CHANGE = 0.25, 3.0
 _GLASS_PICTURES, _GLASS_MEMORY = 10, 40
-_GLASS_EDGE, _GLASS_STEADY = 40.0, 0.8
-_GLASS_SHARE, _GLASS_REACH = 0.12, 0.02
+_GLASS_STEADY, _GLASS_EDGE, _GLASS_SHARP = 0.8, 40.0, 100.0
+_GLASS_MOVES = 5.0
+_GLASS_SHARE, _GLASS_REACH = 0.09, 0.02
 
 
 class Shown(IntEnum):
@@ -88,7 +89,9 @@ class Deidentifier:
         small = _small(bgr, _SIDE)
         field = self._field.box(bgr.shape)
         left, top, right, bottom = field or (0, 0, bgr.shape[1], bgr.shape[0])
-        if view(picture_statistics(bgr[top:bottom, left:right])) != View.IN_BODY:
+        seen = picture_statistics(bgr[top:bottom, left:right])
+        # Stricter than screening, which throws nothing away that it is not sure of: here what is unsure goes.
+        if view(seen) != View.IN_BODY or seen.tissue < _TISSUE_SHARE:
             self._blocked_until_s = time_s + _CLEAR_S
         else:
             self._field.note(small, time_s)
@@ -128,9 +131,7 @@ class _Field:
         """Take a picture of the body."""
         if self._seen and time_s - self._last_s < 0.1:
             return
-        lit, tissue, _ = colours(small.astype(np.float32))
-        if tissue.sum() < _TISSUE_SHARE * max(1, int(lit.sum())):
-            return
+        _, tissue, _ = colours(small.astype(np.float32))
         parts = _parts(tissue, 5).astype(np.float32)
         self._seen += 1
         if self._evidence is None:
@@ -176,6 +177,7 @@ class _Glass:
         self._last: NDArray[np.float32] | None = None
         self._mean: NDArray[np.float32] | None = None
         self._strength: NDArray[np.float32] | None = None
+        self._change: NDArray[np.float32] | None = None
 
     @property
     def known(self) -> bool:
@@ -189,26 +191,31 @@ class _Glass:
         lit = grey > _BLACK
         if self._last is not None and np.abs(grey - self._last)[lit].sum() < _GLASS_CHANGE * max(1, int(lit.sum())):
             return
+        change = np.zeros_like(grey) if self._last is None else np.abs(grey - self._last)
         self._last, self._last_s = grey, time_s
         slope = np.asarray([cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)], np.float32)
         strength = np.asarray(np.hypot(slope[0], slope[1]), np.float32)
         self._seen += 1
-        if self._mean is None or self._strength is None:
-            self._mean, self._strength = slope, strength
+        if self._mean is None or self._strength is None or self._change is None:
+            self._mean, self._strength, self._change = slope, strength, change
         else:
             share = 1.0 / min(self._seen, _GLASS_MEMORY)
             self._mean += share * (slope - self._mean)
             self._strength += share * (strength - self._strength)
+            self._change += share * (change - self._change)
         if self.known:
             self._find()
 
     def _find(self) -> None:
         assert self._mean is not None
         assert self._strength is not None
+        assert self._change is not None
+        reach = 2 * round(_GLASS_REACH * self._change.shape[1]) + 1
         steady = np.hypot(self._mean[0], self._mean[1])
-        found = (steady > _GLASS_EDGE) & (steady > _GLASS_STEADY * self._strength)
+        # Tissue that nothing moves has steady edges too: weak ones count only where all around them moves.
+        moves = cv2.boxFilter(self._change, -1, (reach, reach)) > _GLASS_MOVES
+        found = (steady > np.where(moves, _GLASS_EDGE, _GLASS_SHARP)) & (steady > _GLASS_STEADY * self._strength)
         # Text is many such edges close together; a single line, as a scope's rim or an instrument at rest, is not.
-        reach = 2 * round(_GLASS_REACH * found.shape[1]) + 1
         dense = cv2.boxFilter(found.astype(np.float32), -1, (reach, reach)) > _GLASS_SHARE
         self.overlay = cv2.dilate((dense & found).astype(np.uint8), np.ones((reach, reach), np.uint8)) > 0
 
