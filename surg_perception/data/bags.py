@@ -184,7 +184,6 @@ class BagReader:
             raise BagError(f"none of the {len(paths)} files of {self.path} can be read; the first: {errors[0]}")
         for unreadable in errors:
             self._found.add("unreadable_file", f"files that cannot be read: {{n}}, first {unreadable}")
-        self._files.sort(key=lambda file: file.first_ns)
         storages = {file.storage for file in self._files}
         if len(storages) > 1:
             raise BagError(f"{self.path} holds bags of {' and '.join(sorted(storages))}; name one of the files")

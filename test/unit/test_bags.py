@@ -177,6 +177,19 @@ def test_split_files_come_in_order_of_time(tmp_path, compression):
     assert set(problems) == {"metadata"}
 
 
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_files_of_the_same_time_come_by_their_numbers(tmp_path, storage):
+    folder = tmp_path / "bag"
+    folder.mkdir()
+    for number in (10, 9):
+        part = bag_files.write_bag(tmp_path / str(number), FRAMES[:1] * 2, storage=storage, stamps_ns=[START_NS] * 2)
+        file = next(file for file in part.iterdir() if file.name != "metadata.yaml")
+        shutil.copy(file, folder / f"bag_{number}{file.suffix}")
+    with BagReader(folder) as bag:
+        assert [file.path.stem for file in bag._files] == ["bag_9", "bag_10"]
+        assert len(list(bag.images())) == 4
+
+
 def test_file_compression_is_told_by_content(tmp_path):
     path = bag_files.write_bag(tmp_path / "bag", FRAMES, storage="sqlite3", compression="file")
     packed = only_file(path, "*.zstd")
@@ -639,6 +652,13 @@ def test_database_with_a_journal_is_read_with_it(tmp_path):
     connection.close()
 
 
+def test_nothing_is_made_beside_a_database_while_it_is_read(tmp_path):
+    bag_files.write_database(tmp_path / "a.db3", image_messages(FRAMES), journal="wal").close()
+    with BagReader(tmp_path / "a.db3") as bag:
+        for _ in bag.images():
+            assert [file.name for file in tmp_path.iterdir()] == ["a.db3"]
+
+
 def test_database_whose_recorder_was_killed_within_a_transaction(tmp_path):
     connection = bag_files.write_database(tmp_path / "live.db3", image_messages(FRAMES))
     connection.execute("PRAGMA cache_size = 1")
@@ -700,14 +720,14 @@ def test_overlapping_blocks_are_held_only_so_long():
     def block(number):
         def load():
             loaded.append(number)
-            return [Record(time, channel, bytes(100)) for time in range(number, 1000, 10)]
+            return [Record(time, channel, bytes(100)) for time in range(number + 1, 1001, 10)]
 
         return Block(0, load)
 
-    assert [record.log_ns for record in in_log_order([block(n) for n in range(10)])] == list(range(1000))
+    assert [record.log_ns for record in in_log_order([block(n) for n in range(10)])] == list(range(1, 1001))
     loaded.clear()
     records = in_log_order((block(n) for n in range(10)), max_held_bytes=5000)
-    assert next(records).log_ns == 0
+    assert next(records).log_ns == 1
     assert loaded == [0]  # the next is not loaded before there is room
     assert len(list(records)) == 999
 
