@@ -178,6 +178,22 @@ def test_fast_path_equals_decode_then_resize(encoding, shape, padding):
     assert difference(fast, slow) <= 1
 
 
+@pytest.mark.parametrize("padding", [0, 10])
+@pytest.mark.parametrize("shape", [(896, 66), (1080, 94), (2159, 2), (1000, 300)])
+@pytest.mark.parametrize("encoding", ["uyvy", "yuyv", "yuv422", "yuv422_yuy2"])
+def test_rows_that_the_resize_does_not_read_are_not_converted(encoding, shape, padding, monkeypatch):
+    height, width = shape
+    noise = np.random.default_rng(0).integers(0, 256, (height, width * 2), np.uint8)
+    message = image(encoding, noise, width, padding=padding)
+    slow = cv2.resize(decode_image(message), (224, 224), interpolation=cv2.INTER_LINEAR)
+    converted, convert = [], cv2.cvtColor
+    monkeypatch.setattr(cv2, "cvtColor", lambda source, code: (converted.append(len(source)), convert(source, code))[1])
+    fast = decode_to_model_input(message)
+    assert (fast.shape, fast.dtype, fast.flags.c_contiguous) == ((224, 224, 3), np.uint8, True)
+    assert difference(fast, slow) <= 1
+    assert converted == [448]
+
+
 def test_model_input_never_shares_memory_with_the_message():
     message = packed(picture(224, 224), "bgr8")
     before = bytes(message.data)
