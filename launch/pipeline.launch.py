@@ -277,10 +277,10 @@ class BringUp:
         return [LogInfo(msg=f"pipeline up: {', '.join(node.node_name for node in self.nodes)} active")]
 
 
-def dds_environment() -> list[Entity]:
+def dds_environment(cameras: int) -> list[Entity]:
     """Environment that lets large images through, where the user has not chosen otherwise."""
     allocator = {name: value for name, value in ALLOCATOR.items() if name not in os.environ}
-    profile, note = profile_environment()
+    profile, note = profile_environment(cameras)
     variables = [SetEnvironmentVariable(name, value) for name, value in {**allocator, **profile}.items()]
     return [*variables, *([LogInfo(msg=note)] if note else [])]
 
@@ -317,7 +317,7 @@ def read_cameras(text: str) -> dict[str, dict[str, str]]:
                 close = difflib.get_close_matches(str(key), choices, n=1)
                 hint = f"; did you mean {close[0]}?" if close else f"; expected any of {', '.join(choices)}"
                 raise RuntimeError(f"{where}: {key} is no argument of one camera{hint}")
-            own[key] = str(value).lower() if isinstance(value, bool) else str(value)
+            own[key] = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
             if choices[key] and own[key] not in choices[key]:
                 raise RuntimeError(f"{where}: {key} is {value!r}, expected one of: {', '.join(choices[key])}")
         result[name] = own
@@ -326,10 +326,10 @@ def read_cameras(text: str) -> dict[str, dict[str, str]]:
 
 def pipeline(context: LaunchContext) -> list[Entity]:
     argument = {name: LaunchConfiguration(name).perform(context) for name, *_ in ARGUMENTS}
-    entities = dds_environment() if truth(argument["dds_profile"]) else []
-    if not argument["cameras"]:
+    cameras = read_cameras(argument["cameras"]) if argument["cameras"] else {}
+    entities = dds_environment(max(1, len(cameras))) if truth(argument["dds_profile"]) else []
+    if not cameras:
         return [*entities, *camera_nodes(argument, go_on=argument["on_failure"] == "go_on")]
-    cameras = read_cameras(argument["cameras"])
     several = {"threads": argument["threads"] or str(max(1, len(os.sched_getaffinity(0)) // len(cameras)))}
     several["vqa"] = "false" if argument["vqa"] == "auto" else argument["vqa"]
     for name, own in cameras.items():

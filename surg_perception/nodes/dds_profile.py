@@ -24,26 +24,26 @@ ALLOCATOR = {
 }
 
 
-def profile_environment() -> tuple[dict[str, str], str]:
+def profile_environment(cameras: int = 1) -> tuple[dict[str, str], str]:
     """Variables that load the shipped profile, to be set before a process joins ROS, and what to tell the user.
 
-    No variables where the user has chosen a profile.
+    The processes of so many cameras share /dev/shm. No variables where the user has chosen a profile.
     """
     chosen = [name for name in VARIABLES if os.environ.get(name)]
     if chosen:
         return {}, f"Fast DDS profile of the environment is used: {os.environ[chosen[0]]}"
-    profile, note = _sized_profile()
+    profile, note = _sized_profile(6 * cameras)
     return dict.fromkeys(VARIABLES, str(profile)), note
 
 
-def _sized_profile() -> tuple[Path, str]:
-    """The shipped profile, or a copy whose shared-memory segment fits a small /dev/shm (as containers have)."""
+def _sized_profile(processes: int) -> tuple[Path, str]:
+    """The shipped profile, or a copy whose shared-memory segments fit a small /dev/shm (as containers have)."""
     shipped = Path(get_package_share_directory("surg_perception")) / "config" / "fastdds_large_images.xml"
     text = shipped.read_text()
     match = re.search(r"<segment_size>(\d+)</segment_size>", text)
     wanted = int(match.group(1)) if match else 0
     try:
-        fits = shutil.disk_usage("/dev/shm").free // 6
+        fits = shutil.disk_usage("/dev/shm").free // processes
     except OSError:
         fits = wanted
     if fits >= wanted:

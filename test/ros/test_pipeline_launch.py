@@ -138,6 +138,10 @@ def test_launch_arguments_are_all_explained() -> None:
     ).stdout
     for name in (
         "image",
+        "cameras",
+        "on_failure",
+        "threads",
+        "gate",
         "transport",
         "model",
         "backend",
