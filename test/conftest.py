@@ -11,6 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Examples to copy, for recordings that are not here: test_replay_examples.py runs them as their users do.
+collect_ignore = ["replay"]
+
 # `make test &` starts with SIGINT ignored, which launches and trainings would inherit that tests end with it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,10 +6,10 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from surg_perception.cli import replay_live
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,8 @@ def add_parser(verbs: Any) -> None:
         help="phases, latents and answers of a recorded bag, offline and repeatable; compare with a golden file",
         description="Takes every image of a ROS 2 bag through the code of the live nodes, without ROS or a clock. "
         "Two replays on one machine with one backend write the same bytes. Exit status 0: done, 1: not as in the "
-        "golden file, 2: input that cannot be used, 130: interrupted, with results so far. See docs/replay.md.",
+        "golden file, or a live node gave no phases, 2: input that cannot be used, 130: interrupted, with results so "
+        "far. See docs/replay.md.",
     )
     entry.add_argument("bag", type=Path, metavar="BAG", help="folder or file of a ROS 2 bag (MCAP or SQLite)")
     entry.add_argument("--topic", default="", help="of the images, where the bag has several image topics")
@@ -54,11 +55,14 @@ def add_parser(verbs: Any) -> None:
     golden = entry.add_argument_group("golden file")
     golden.add_argument("--golden", type=Path, metavar="FILE", help="what the results must be (YAML)")
     golden.add_argument("--update", action="store_true", help="write the golden file anew instead of comparing")
+    replay_live.add_options(entry)
     entry.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Replay and show what came of it. Returns the exit status."""
+    if replay_live.check(options):
+        return replay_live.run(options)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -68,8 +72,13 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = not console.is_terminal
-    with _interrupts() as interrupted, Progress(*columns, console=console, transient=True, disable=quiet) as bars:
+    with _Interrupts() as interrupts, Progress(*columns, console=console, transient=True, disable=quiet) as bars:
         bar = bars.add_task("", total=None)
+
+        def say(text: str) -> None:
+            interrupts.gentle = not text
+            bars.update(bar, description=text or "images")
+
         try:
             outcome = run_replay(
                 options.bag,
@@ -86,9 +95,9 @@ def run(options: argparse.Namespace) -> int:
                 update=options.update,
                 force=options.force,
                 namespace=options.namespace,
-                say=lambda text: bars.update(bar, description=text or "images"),
+                say=say,
                 progress=lambda done, total: bars.update(bar, completed=done, total=total or None),
-                stop=lambda: bool(interrupted),
+                stop=lambda: interrupts.seen,
             )
         except BackendUnavailable as error:
             print(f"surg-perception: {error}", file=sys.stderr)
@@ -97,21 +106,28 @@ def run(options: argparse.Namespace) -> int:
     return outcome.status
 
 
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Fills with the first Ctrl-C, so that results are closed properly; the second one ends at once."""
-    seen: list[int] = []
+class _Interrupts:
+    """Ctrl-C: while images are taken the first one lets the one under way end, so that results are closed properly.
 
-    def note(number: int, frame: Any) -> None:
-        if seen:
+    Attributes:
+        gentle: images are taken.
+        seen: Ctrl-C came then.
+    """
+
+    def __init__(self) -> None:
+        self.gentle = self.seen = False
+
+    def __enter__(self) -> _Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.seen or not self.gentle:
             raise KeyboardInterrupt
-        seen.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
+        self.seen = True
 
 
 def show(outcome: Outcome, options: argparse.Namespace, console: Console) -> None:

@@ -244,7 +244,6 @@ class Golden:
                     over, text = math.inf, f"{name} {_number(now)}, golden {_number(was)}"
                 else:
                     allowed = self.tolerances.latent * abs(was) if name == "latent RMS" else self.tolerances.score
-                    # Half a unit of the last place of both: the files hold three decimals.
                     over = abs(now - was) - allowed - 1e-9
                     text = f"{name} {now:.3f}, golden {was:.3f} (tolerance {allowed:.3g})"
                 if over > 0 and (worst is None or over > worst[0]):

@@ -16,7 +16,7 @@ from surg_perception.replay.questions import QuestionReplay, read_plan
 from surg_perception.replay.session import REJECTED, PhaseReplay, Replayed, replay
 from surg_perception.runtime.backend import default_threads
 
-RESULTS = ("bag", "results.jsonl", "phases.png", "differences.txt")
+RESULTS = ("bag", "results.jsonl", "phases.png", "differences.txt", "launch.log")
 
 
 class ReplayFailed(ValueError):
@@ -77,7 +77,7 @@ def run_replay(
         questions: YAML file of questions.
         golden: file to compare with, or to write where `update` is set.
         force: replace the results of a former replay in out.
-        say: told what takes long.
+        say: told what takes long, and "" when images are taken.
         progress: told images taken and the bag's number of images, 0 where that is unknown.
         stop: asked before every image; True ends there.
 
