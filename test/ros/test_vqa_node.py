@@ -35,6 +35,7 @@ from rclpy.logging import get_logger
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import CompressedImage, Image
 from surg_perception_msgs.action import Answer
+from surg_perception_msgs.msg import QuestionAnswer
 from surg_perception_msgs.srv import Ask
 
 from surg_perception.models import ModelError
@@ -289,6 +290,33 @@ def test_the_action_streams_the_answer(rig: Rig) -> None:
     assert result.answer == goal.texts[-1]
     assert (result.first_stamp.sec, result.last_stamp.sec, result.frames_used) == (1006, 1009, 4)
     assert result.task == "location"
+
+
+def test_every_question_that_ended_is_told_to_whoever_records(graph: Graph) -> None:
+    told = graph.collect(QuestionAnswer, "vqa/answered")
+    rig = Rig(graph)
+    wait_until(lambda: rig.node._answered.get_subscription_count(), LONG_S, "the subscription")
+    assert code(rig.ask("Too early?")) == "NOT_ACTIVE"
+    rig.up().show(*range(3))
+    answer = rig.ask()
+    _, result = rig.send("Which?", task="location").end()
+    rig.model.hold()
+    goal = rig.send("Canceled?")
+    assert rig.model.held.wait(LONG_S)
+    goal.cancel()
+    rig.model.release()
+    goal.end()
+    wait_until(lambda: len(told) == 4, LONG_S, "four questions")
+    assert [(one.question, code(one)) for one in told] == [
+        ("Too early?", "NOT_ACTIVE"),
+        (QUESTION, "NONE"),
+        ("Which?", "NONE"),
+        ("Canceled?", "CANCELED"),
+    ]
+    for one, reply in ((told[1], answer), (told[2], result)):
+        for name in reply.get_fields_and_field_types():
+            assert getattr(one, name) == getattr(reply, name), name
+        assert one.header.stamp.sec > 0
 
 
 def test_compressed_images(graph: Graph) -> None:
