@@ -142,6 +142,8 @@ class GateNode(PerceptionNode):
         return (trust.operating_state, trust.reason, trust.phase_id) != self._told
 
     def _tell(self, trust: Trust) -> None:
+        if not self.context.ok():
+            return
         if self._is_news(trust):
             state, before = trust.operating_state, self._told[0] if self._told else ""
             if trust.trusted:
@@ -152,8 +154,6 @@ class GateNode(PerceptionNode):
             elif state == "FAULT":
                 self.get_logger().warning(f"not trusted: {trust.text}", throttle_duration_sec=5.0)
             self._told = (state, trust.reason, trust.phase_id)
-        if not self.context.ok():
-            return
         self._publisher.publish(
             PhaseTrust(
                 header=self._newest.header,

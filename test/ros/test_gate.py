@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,3 +242,20 @@ def test_the_gate_can_tell_and_nothing_else(rig: Rig, graph: Graph) -> None:
         "/parameter_events": ["rcl_interfaces/msg/ParameterEvent"],
     }
     assert not stranger.get_client_names_and_types_by_node(*name), "a client could ask somebody to move"
+
+
+def test_the_reader_in_the_docs_gives_the_phase_while_it_is_trusted_and_fresh(rig: Rig, graph: Graph) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "consumer.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0].replace("LIMIT_S = 0.5", "LIMIT_S = 5.0"), names)
+    reader = names["PhaseReader"](graph.client)
+    assert reader.phase is None
+    rig.flow()
+    assert wait_until(lambda: reader.phase, 30, "the phase") == "dissection"
+    rig.flow(state=SurgicalPhase.UNCERTAIN)
+    wait_until(lambda: reader.phase is None, 30, "no phase")
+    rig.flow()
+    wait_until(lambda: reader.phase, 30, "the phase")
+    rig.node._timer.cancel()
+    rig.flow()
+    wait_until(lambda: reader.phase is None, 30, "no phase once the gate is silent")
