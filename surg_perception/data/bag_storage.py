@@ -56,7 +56,8 @@ class BagError(ValueError):
 class BagProblem:
     """Something wrong with a bag that did not keep the rest from being read.
 
-    `kind` is a short stable word (docs/bags.md lists them), `text` one line for the user, `count` how often it was met.
+    `kind` is a short stable word (docs/bags.md lists them), `text` one line for the user, which tells of the first,
+    `count` how many there are: show `f"{count} × {text}"`.
     """
 
     kind: str
@@ -96,7 +97,7 @@ class Problems:
         self._places: set[tuple[str, str, int]] = set()
 
     def add(self, kind: str, text: str, place: tuple[str, int] | None = None) -> None:
-        """`text` may hold {n}, the count. A place (file, byte or row) counts once, however often it is read."""
+        """A place (file, byte or row) counts once, however often it is read."""
         if place is not None:
             if (kind, *place) in self._places:
                 return
@@ -106,7 +107,7 @@ class Problems:
 
     def __iter__(self) -> Iterator[BagProblem]:
         for kind, text in self._texts.items():
-            yield BagProblem(kind, text.replace("{n}", str(self._counts[kind])), self._counts[kind])
+            yield BagProblem(kind, text, self._counts[kind])
 
 
 class Workspace:
@@ -129,7 +130,7 @@ class Workspace:
                 whole = _unzstd(packed, plain)
             if not whole:
                 text = f"{source.name} is cut or damaged: {target.stat().st_size} bytes of it could be unpacked"
-                problems.add("unfinished", text, (source.name, 0))
+                problems.add("cut_packed_file", text, (source.name, 0))
             self._target = target
         return self._target
 
@@ -236,7 +237,7 @@ class StorageFile(ABC):
         return self.path
 
     def _damaged(self, place: int, text: str) -> None:
-        self._problems.add("damaged", f"damaged places: {{n}}, first {self.path.name}: {text}", (self.path.name, place))
+        self._problems.add("damaged", f"damaged places, first {self.path.name}: {text}", (self.path.name, place))
 
     def _span(self, first_ns: int, last_ns: int) -> None:
         self.first_ns = min(self.first_ns or first_ns, first_ns)
@@ -328,7 +329,7 @@ class McapFile(StorageFile):
                 channel_id, sequence, log_ns, _ = _MESSAGE.unpack_from(body)
                 channel = self._channels.get(channel_id)
                 if channel is None:
-                    text = f"messages of no known topic: {{n}}, first in {self.path.name} of channel {channel_id}"
+                    text = f"messages of no known topic, first in {self.path.name} of channel {channel_id}"
                     self._problems.add("unknown_topic", text, (self.path.name, hash((run.start, sequence, log_ns))))
                 elif channel in wanted:
                     yield Record(log_ns, channel, bytes(body[_MESSAGE.size :]))
@@ -376,6 +377,7 @@ class McapFile(StorageFile):
             if opcode == _NO_RECORD or end > self._size:
                 following = next((start for start in chunk_starts if start > position), None)
                 if following is None:
+                    position = self._size if chunk is not None else position
                     break
                 self._damaged(position, f"no record at byte {position}, {following - position} bytes skipped")
                 end = following
@@ -589,7 +591,7 @@ class SqliteFile(StorageFile):
                 self.counts[self._topics[topic_id]] += number
                 self._span(first_ns, last_ns)
             else:
-                text = f"messages of no known topic: {{n}}, first in {self.path.name} of topic {topic_id}"
+                text = f"messages of no known topic, first in {self.path.name} of topic {topic_id}"
                 self._problems.add("unknown_topic", text, (self.path.name, hash(topic_id)))
 
     def _rows(self, topic_ids: list[int]) -> Iterator[tuple[int, int, int]]:

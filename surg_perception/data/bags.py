@@ -4,8 +4,8 @@
 with BagReader("appendectomy_1") as bag:
     for image in bag.images():
         picture = decode_image(image.message)
-for problem in bag.problems:
-    print(problem.text)
+    for problem in bag.problems:
+        print(f"{problem.count} × {problem.text}")
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class BagReader:
                 raw = _cdr(record.raw, record.channel)
                 message: Any = typestore().deserialize_cdr(raw, self.msgtype)
             except Exception as error:  # generated parsers raise whatever damaged bytes lead to
-                text = f"messages that are no {self.msgtype}: {{n}}, first image {number}: {_line(error)}"
+                text = f"messages that are no {self.msgtype}, first image {number}: {_line(error)}"
                 self._stream.add("message", text)
                 continue
             stamp = message.header.stamp
@@ -158,7 +158,7 @@ class BagReader:
             try:
                 raw = _cdr(record.raw, record.channel)
             except Exception as error:  # as above
-                self._found.add("other_message", f"messages of other topics not readable: {{n}}, first {_line(error)}")
+                self._found.add("other_message", f"messages of other topics not readable, first {_line(error)}")
                 continue
             yield record.channel.topic, record.channel.msgtype, record.log_ns, raw
 
@@ -183,7 +183,7 @@ class BagReader:
         if not self._files:
             raise BagError(f"none of the {len(paths)} files of {self.path} can be read; the first: {errors[0]}")
         for unreadable in errors:
-            self._found.add("unreadable_file", f"files that cannot be read: {{n}}, first {unreadable}")
+            self._found.add("unreadable_file", f"files that cannot be read, first {unreadable}")
         storages = {file.storage for file in self._files}
         if len(storages) > 1:
             raise BagError(f"{self.path} holds bags of {' and '.join(sorted(storages))}; name one of the files")
@@ -222,11 +222,11 @@ class BagReader:
         missing = [name for name in names if name not in there and _unpacked_name(name) not in there]
         if missing:
             self._found.add(
-                "metadata", f"{_METADATA} names {', '.join(missing)}, which is not there; the others were read"
+                "missing_file", f"{_METADATA} names {', '.join(missing)}, which is not there; the others were read"
             )
         extra = [name for name in there if names and name not in names and f"{name}.zstd" not in names]
         if extra:
-            self._found.add("metadata", f"{_METADATA} does not name {', '.join(extra)}, which was read too")
+            self._found.add("extra_file", f"{_METADATA} does not name {', '.join(extra)}, which was read too")
         return list(there.values()), said
 
     def _read_metadata(self) -> tuple[list[str], dict[str, int]]:
@@ -261,8 +261,8 @@ class BagReader:
         wrong = [name for name in sorted(said.keys() | found.keys()) if said.get(name, 0) != found[name]]
         if wrong:
             name = wrong[0]
-            text = f"topics of which {_METADATA} claims another number of messages than there are: {len(wrong)}, first "
-            self._found.add("metadata", f"{text}{name}: claimed {said.get(name, 0)}, found {found[name]}")
+            text = f"{_METADATA} claims {said.get(name, 0)} messages of {name}, there are {found[name]}"
+            self._found.add("counts", text + (f"; {len(wrong) - 1} more topics are wrong" if wrong[1:] else ""))
 
     def _choose(self, topic: str, counts: Counter[Channel]) -> None:
         infos: Counter[tuple[str, str]] = Counter()
@@ -324,17 +324,17 @@ class _Watch:
             found = (f"{message.width}x{message.height}", message.encoding)
         if self._format is not None and found != self._format:
             text = " ".join(map(str, found))
-            add("changed", f"changes of size or encoding: {{n}}, first at image {number}, now {text}")
+            add("changed", f"changes of size or encoding, first at image {number}, now {text}")
         self._format = found
 
         stamp = message.header.stamp
         if stamp.sec == stamp.nanosec == 0:
-            add("zero_stamp", f"images without a stamp: {{n}}, first image {number}")
+            add("zero_stamp", f"images without a stamp, first image {number}")
             return
         if stamp.sec < 0 or stamp.nanosec >= _SECOND:
             add(
                 "invalid_stamp",
-                f"images with an impossible stamp: {{n}}, first image {number}, {stamp.sec} s {stamp.nanosec} ns",
+                f"images with an impossible stamp, first image {number}, {stamp.sec} s {stamp.nanosec} ns",
             )
             return
         last, self._last = self._last, image
@@ -343,17 +343,17 @@ class _Watch:
         step, log_step = image.stamp_ns - last.stamp_ns, image.log_ns - last.log_ns
         usual = statistics.median(self._usual) if self._usual else _SECOND
         if step == 0:
-            add("duplicate_stamp", f"images with the stamp of the one before: {{n}}, first image {number}")
+            add("duplicate_stamp", f"images with the stamp of the one before, first image {number}")
         elif step < 0:
             add(
                 "stamp_back",
-                f"stamps before that of the image before: {{n}}, first image {number}, by {-step * 1e-9:.3f} s",
+                f"stamps before that of the image before, first image {number}, by {-step * 1e-9:.3f} s",
             )
         elif abs(step - log_step) > _SECOND:
             text = f"by {step * 1e-9:.3f} s while {log_step * 1e-9:.3f} s passed"
-            add("stamp_jump", f"jumps of the stamps: {{n}}, first at image {number}, {text}")
+            add("stamp_jump", f"jumps of the stamps, first at image {number}, {text}")
         elif step > max(_SECOND, _GAP_INTERVALS * usual):
-            add("gap", f"gaps without an image: {{n}}, first before image {number}, {step * 1e-9:.3f} s long")
+            add("gap", f"gaps without an image, first before image {number}, {step * 1e-9:.3f} s long")
         else:
             self._usual.append(step)
 

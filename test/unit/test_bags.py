@@ -323,20 +323,21 @@ def with_stamps(path, steps, log_steps=None):
 
 
 @pytest.mark.parametrize(
-    ("steps", "log_steps", "kind", "text"),
+    ("steps", "log_steps", "kind", "count", "text"),
     [
-        ([0.04] * 3 + [0.0, 0.0] + [0.04] * 3, None, "duplicate_stamp", "one before: 2, first image 4"),
-        ([0.04] * 3 + [-0.02] + [0.04] * 3, None, "stamp_back", "before: 1, first image 4, by 0.020 s"),
-        ([0.04] * 3 + [3600.0] + [0.04] * 3, None, "stamp_jump", "stamps: 1, first at image 4, by 3600.000 s"),
-        ([0.04] * 3 + [7.0] + [0.04] * 3, [0.04] * 3 + [7.0] + [0.04] * 3, "gap", "1, first before image 4, 7.000 s"),
+        ([0.04] * 3 + [0.0, 0.0] + [0.04] * 3, None, "duplicate_stamp", 2, "one before, first image 4"),
+        ([0.04] * 3 + [-0.02] + [0.04] * 3, None, "stamp_back", 1, "before, first image 4, by 0.020 s"),
+        ([0.04] * 3 + [3600.0] + [0.04] * 3, None, "stamp_jump", 1, "stamps, first at image 4, by 3600.000 s"),
+        ([0.04] * 3 + [7.0] + [0.04] * 3, [0.04] * 3 + [7.0] + [0.04] * 3, "gap", 1, "first before image 4, 7.000 s"),
     ],
 )
-def test_odd_stamps_are_told_and_their_images_used(tmp_path, steps, log_steps, kind, text):
+def test_odd_stamps_are_told_and_their_images_used(tmp_path, steps, log_steps, kind, count, text):
     images, problems = read(with_stamps(tmp_path / "bag", steps, log_steps))
     assert len(images) == len(steps)
     assert [image.log_ns for image in images] == sorted(image.log_ns for image in images)
     assert set(problems) == {kind}
     assert text in problems[kind].text
+    assert problems[kind].count == count
 
 
 def test_a_slow_camera_has_no_gaps(tmp_path):
@@ -449,20 +450,21 @@ def test_metadata_that_lies(tmp_path):
     file.write_text(yaml.safe_dump(content))
     images, problems = read(path)
     assert numbers(images) == list(range(10))
-    assert "/image: claimed 99, found 10" in problems["metadata"].text
+    assert "claims 99 messages of /image, there are 10" in problems["counts"].text
 
     bag["topics_with_message_count"][0]["message_count"] = 10
     bag["relative_file_paths"].append("bag_7.mcap")
     file.write_text(yaml.safe_dump(content))
     images, problems = read(path)
     assert numbers(images) == list(range(10))
-    assert "names bag_7.mcap, which is not there" in problems["metadata"].text
+    assert set(problems) == {"missing_file"}
+    assert "names bag_7.mcap, which is not there" in problems["missing_file"].text
 
     bag["relative_file_paths"] = ["bag_7.mcap"]
     file.write_text(yaml.safe_dump(content))
     images, problems = read(path)
     assert numbers(images) == list(range(10))
-    assert problems["metadata"].count == 2
+    assert set(problems) == {"missing_file", "extra_file"}
 
 
 @pytest.mark.parametrize(
@@ -571,6 +573,7 @@ def test_the_part_of_a_cut_chunk_that_is_there_is_read(tmp_path):
         with BagReader(path) as bag:
             found = numbers(bag.images(), frames)
             assert bag.count == len(found)
+            assert "read up to byte 200000 of 200000" in bag.problems[0].text
         assert found == list(range(len(found)))
         assert least <= len(found) <= 87
 
@@ -632,7 +635,7 @@ def test_cut_packed_file(tmp_path, storage):
     images, problems = read(path)
     assert numbers(images, pictures(200)) == list(range(len(images)))
     assert len(images) > (80 if storage == "mcap" else 60)
-    assert "cut or damaged" in problems["unfinished"].text
+    assert "cut or damaged" in problems["cut_packed_file"].text
 
 
 def test_database_with_a_journal_is_read_with_it(tmp_path):
