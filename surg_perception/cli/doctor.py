@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import pickle
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +15,15 @@ from surg_perception import __version__
 
 if TYPE_CHECKING:
     from surg_perception.diagnosis.findings import Finding
-    from surg_perception.diagnosis.snapshot import Snapshot
+    from surg_perception.diagnosis.snapshot import Graph, Process, Snapshot
 
+LIMIT_S = 60.0
+"""The most that looking at the graph takes beside the listening, on a slow machine."""
 SIGNS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
+
+
+class GraphUnseen(RuntimeError):
+    """The graph could not be looked at; the text is the middleware's, or Python's."""
 
 
 def add_parser(verbs: Any) -> None:
@@ -68,11 +76,9 @@ def look(namespace: str, image: str, seconds: float) -> Snapshot:
     here = machine()
     graph, fault = None, ""
     try:
-        from surg_perception.nodes import doctor
-
-        graph = doctor.look(namespace, image, seconds, here.processes)
-    except Exception as error:  # whatever is wrong with an installation of ROS 2 is a finding
-        fault = " ".join(str(error).split())[:400] or type(error).__name__
+        graph = look_at_graph(namespace, image, seconds, here.processes)
+    except GraphUnseen as error:
+        fault = str(error)
     nodes = graph.nodes if graph else ()
     phases = [node for node in nodes if node.kind == "phase"]
     # An active node has loaded its model, with its own environment and perhaps on another machine.
@@ -91,6 +97,28 @@ def look(namespace: str, image: str, seconds: float) -> Snapshot:
         answers=tuple(map(answers, answerers)),
     )
     return Snapshot(complete, graph, fault, namespace, image)
+
+
+def look_at_graph(namespace: str, image: str, seconds: float, processes: tuple[Process, ...]) -> Graph:
+    """What `nodes.doctor.look` gives, in a process of its own: a middleware may hang, end the process, or print.
+
+    Raises:
+        GraphUnseen: with the reason.
+    """
+    asked = pickle.dumps((namespace, image, seconds, processes))
+    command = [sys.executable, "-m", "surg_perception.nodes.doctor"]
+    try:
+        done = subprocess.run(command, input=asked, capture_output=True, timeout=seconds + LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise GraphUnseen(f"the middleware did not let go within {seconds + LIMIT_S:.0f} s") from None
+    said = done.stderr.decode(errors="replace").strip()
+    if done.returncode:
+        lines = [line for line in said.splitlines() if "error" in line.lower()] or [f"exit status {done.returncode}"]
+        raise GraphUnseen(" ".join(lines[-1].split())[:400])
+    if said:
+        print(said, file=sys.stderr)
+    graph: Graph = pickle.loads(done.stdout)  # our own child's
+    return graph
 
 
 def show(findings: list[Finding]) -> None:

@@ -137,6 +137,26 @@ def nodes_there(s: Snapshot) -> Findings:
         )
 
 
+def unseen(s: Snapshot) -> Findings:
+    """Processes of ours that run in this domain, and that nobody sees."""
+    g = s.graph
+    for p in s.machine.processes if g else ():
+        name = p.node or f"/{p.command.removesuffix('_node')}"
+        if g is None or not p.ours or (p.domain, p.rmw) != (g.domain, g.rmw) or name in g.names:
+            continue
+        if _range(p.environment) == "OFF":
+            continue  # said below
+        yield Finding(
+            "node.unseen",
+            ERROR,
+            f"{p.command} (process {p.pid}) runs in this domain, and its node {name} is not seen",
+            "It was stopped (Ctrl-Z)." if p.stopped else "It is starting, hangs, or its discovery is cut off.",
+            f"kill -CONT {p.pid}"
+            if p.stopped
+            else f"surg-perception doctor   # again in some seconds, then restart it: kill -INT {p.pid}",
+        )
+
+
 def other_graphs(s: Snapshot) -> Findings:
     """Processes and nodes that this shell cannot see: another domain, middleware or discovery range."""
     g, here = s.graph, s.machine.environment
@@ -362,7 +382,7 @@ def qos(s: Snapshot) -> Findings:
                 f"({m.publisher.qos}): {_lower(m.reason)}",
                 "The middleware does not connect them, and only a line in a log says so.",
                 "set input.reliability: match (or best_effort) in params_file, then " + _launch(s, params=True)
-                if into and "liabil" in m.reason
+                if into and "effort" in m.reason
                 else f"# in {m.subscription.node}: {_qos_fix(m.reason)}",
             )
         connected += sum(p.node in names for p in topic.publishers) * len(topic.subscriptions) - len(topic.mismatches)
@@ -390,7 +410,7 @@ def _qos_fix(reason: str) -> str:
         )
     if "durab" in text or "volatile" in text or "transient" in text:
         return "ask for durability VOLATILE, or publish TRANSIENT_LOCAL"
-    if "effort" in text or "liabil" in text:
+    if "effort" in text:
         return "ask for reliability BEST_EFFORT, or publish RELIABLE"
     return "take the publisher's QoS (ros2 topic info -v)"
 
@@ -433,7 +453,7 @@ def transport(s: Snapshot) -> Findings:
                 _export_profile(s),
             )
     for seen in s.graph.images:
-        raw_publishers = [p for p in s.graph.topics[seen.topic].publishers if p.type == seen.type]
+        raw_publishers = [p for p in _topic(s, seen.topic).publishers if p.type == seen.type]
         if seen.bytes <= DEFAULT_SEGMENT:
             continue
         size = f"{seen.topic} ({seen.bytes / 1e6:.1f} MB an image)"
@@ -441,6 +461,14 @@ def transport(s: Snapshot) -> Findings:
             (f"the publisher {p.node}", _process_of(s, p), ERROR) for p in raw_publishers
         ]
         ends += [(node.name, node.process, WARNING) for node in s.graph.nodes if seen.topic in dict(node.reads)]
+        if machine.rmem_max and machine.rmem_max < seen.bytes and any(p.here is False for p in raw_publishers):
+            yield Finding(
+                "dds.receive_buffer",
+                WARNING,
+                f"{size} comes from another machine, and net.core.rmem_max is {machine.rmem_max / 1e6:.1f} MB",
+                "An image arrives as thousands of UDP packets; what does not fit the buffer is lost.",
+                "sudo sysctl -w net.core.rmem_max=67108864 net.core.rmem_default=67108864   # or transport:=compressed",
+            )
         well = 0
         for who, process, level in ends:
             if process is None:
@@ -506,7 +534,7 @@ def shared_memory(s: Snapshot) -> Findings:
 def image_stream(s: Snapshot) -> Findings:
     """Whether images arrive, at which rate, and whether they hold pictures."""
     for seen in s.graph.images if s.graph else ():
-        topic = s.graph.topics[seen.topic] if s.graph else Topic(seen.topic)
+        topic = _topic(s, seen.topic)
         if not seen.arrivals_s:
             yield Finding(
                 "image.silent",
@@ -572,7 +600,7 @@ def stamps(s: Snapshot) -> Findings:
         sim = any(n.parameters.get("use_sim_time") for n in readers)
         ages = seen.sim_ages_s if sim and seen.sim_ages_s else seen.ages_s
         max_age_s = max((float(n.parameters.get("state.max_age_s", 0.5)) for n in readers), default=0.5)
-        publisher = _list(p.node for p in g.topics[seen.topic].publishers)
+        publisher = _list(p.node for p in _topic(s, seen.topic).publishers)
         if not any(seen.stamps_ns):
             yield Finding(
                 "stamp.zero",
@@ -916,6 +944,7 @@ def memory(s: Snapshot) -> Findings:
 CHECKS = (
     environment,
     nodes_there,
+    unseen,
     other_graphs,
     duplicates,
     lifecycle,
@@ -956,6 +985,10 @@ def _inputs(s: Snapshot) -> dict[str, Topic]:
         if phase is None and s.image and g.topics.get(base, Topic(base)).image_type == COMPRESSED:
             names = {base}
     return {name: g.topics.get(name, Topic(name)) for name in sorted(names)}
+
+
+def _topic(s: Snapshot, name: str) -> Topic:
+    return (s.graph.topics if s.graph else {}).get(name, Topic(name))
 
 
 def _wanted(s: Snapshot, name: str) -> str:

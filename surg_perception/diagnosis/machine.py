@@ -48,6 +48,7 @@ def machine() -> Machine:
         profiles={path: read_profile(path) for path in paths if path},
         shipped_profile=shipped_profile(),
         memory_free=memory_free(),
+        rmem_max=_rmem_max(),
         security_fault=security_fault(os.environ),
         cache_fault=_cache_fault(),
     )
@@ -73,6 +74,7 @@ def processes() -> Iterator[Process]:
             if not _RCL.search(maps):
                 continue
             words = (folder / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
             pairs = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:  # it ended, or may not be looked at
             continue
@@ -87,6 +89,7 @@ def processes() -> Iterator[Process]:
             rmw=rmw.group(1) if rmw else "",
             node=_node_name(words),
             ours=command in OUR_COMMANDS,
+            stopped=state in "Tt",
         )
 
 
@@ -183,6 +186,13 @@ def security_fault(environment: Mapping[str, str]) -> str:
     if enclave and not (folder / enclave).is_dir():
         return f"the keystore {keystore} has no enclave /{enclave} (ROS_SECURITY_ENCLAVE_OVERRIDE)"
     return ""
+
+
+def _rmem_max() -> int:
+    try:
+        return int(Path("/proc/sys/net/core/rmem_max").read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def _cache_fault() -> str:

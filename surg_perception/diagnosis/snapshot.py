@@ -185,6 +185,7 @@ class Process:
         rmw: the middleware that it has loaded, "" if none.
         node: `__node` and `__ns` of its command line as a full name, "" where not given.
         ours: it runs one of this package's nodes.
+        stopped: by Ctrl-Z or a debugger.
     """
 
     pid: int
@@ -193,6 +194,7 @@ class Process:
     rmw: str = ""
     node: str = ""
     ours: bool = False
+    stopped: bool = False
 
     @property
     def domain(self) -> int:
@@ -265,6 +267,7 @@ class Machine:
         environment: ROS and middleware variables of this shell.
         profiles: profile files that the environments of this shell and of the processes name, by path.
         shipped_profile: path of the package's own.
+        rmem_max: largest receive buffer of a socket (net.core.rmem_max), 0 if unknown.
         security_fault: why security cannot work as the environment asks, "" if it can or is not asked for.
         cache_fault: why compiled engines cannot be kept, "" if they can.
     """
@@ -275,6 +278,7 @@ class Machine:
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     shipped_profile: str = ""
     memory_free: int | None = None
+    rmem_max: int = 0
     security_fault: str = ""
     cache_fault: str = ""
     models: tuple[PhaseModel, ...] = ()

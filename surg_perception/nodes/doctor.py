@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,7 +48,7 @@ from surg_perception.nodes.parameter_table import TABLES
 from surg_perception.stream.image_decode import ImageError, decode_image
 from surg_perception.stream.phase_pipeline import PhaseState
 
-DISCOVERY_S, DISCOVERY_MOST_S = 2.0, 8.0
+DISCOVERY_S, DISCOVERY_MOST_S = 3.0, 8.0
 """Discovery goes on until the graph stays the same, within these bounds."""
 ANSWER_S = 5.0
 """A node that has not said its state by then is taken for one that does not answer."""
@@ -167,7 +169,9 @@ class _Doctor:
             topics = self._node.get_topic_names_and_types()
             now = len(self._names()) + len(topics) + len(self._node.get_service_names_and_types())
             quiet_s, before = (quiet_s + 0.25 if now == before else 0.0), now
-            expected = running or any(types[0].startswith("surg_perception_msgs/") for _, types in topics)
+            expected = (
+                running or self._names() or any(types[0].startswith("surg_perception_msgs/") for _, types in topics)
+            )
             if spent_s > DISCOVERY_S and quiet_s >= 1.0 and (self._ours(namespace) or not expected):
                 break
         found = self._ours(namespace)
@@ -423,3 +427,17 @@ def _with_compressed(topic: str) -> tuple[str, str]:
 def _guessed(namespace: str) -> tuple[str, str]:
     """Where a node would look for images that nobody has remapped."""
     return _with_compressed(f"{namespace.rstrip('/')}/image")
+
+
+def _main() -> None:
+    """As a process of its own (`cli.doctor`): question by standard input, graph by standard output."""
+    answer = os.dup(1)
+    os.dup2(2, 1)  # Fast DDS writes its errors there
+    namespace, image, seconds, processes = pickle.load(sys.stdin.buffer)
+    graph = look(namespace, image, seconds, processes)
+    with os.fdopen(answer, "wb") as out:
+        pickle.dump(graph, out)
+
+
+if __name__ == "__main__":
+    _main()
