@@ -106,9 +106,10 @@ class Deidentifier:
         if shown != Shown.VIEW:
             return np.zeros_like(bgr), shown
         keep = self._field.mask(small) & ~_resized(self._glass.overlay, small.shape[1::-1])
-        # Linear and above 0.99: a pixel is kept only where all of the small mask around it is.
-        full = cv2.resize(keep.astype(np.float32), bgr.shape[1::-1], interpolation=cv2.INTER_LINEAR) > 0.99
-        out = np.where(full[..., None], bgr, 0).astype(np.uint8)
+        # Linear and nearly 255: a pixel is kept only where all of the small mask around it is.
+        full = cv2.resize(keep.astype(np.uint8) * 255, bgr.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        full = cv2.threshold(full, 252, 255, cv2.THRESH_BINARY)[1]
+        out = np.asarray(cv2.bitwise_and(bgr, bgr, mask=full), np.uint8)
         for x, y, width, height in self._rectangles:
             out[max(0, y) : max(0, y + height), max(0, x) : max(0, x + width)] = 0
         return out, shown
@@ -242,10 +243,10 @@ def _parts(mask: Mask, kernel: int) -> Mask:
 
 def _hull(mask: Mask) -> Mask:
     """The convex hull of all of it."""
-    points = cv2.findNonZero(mask.astype(np.uint8))
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     hull = np.zeros(mask.shape, np.uint8)
-    if points is not None:
-        cv2.fillConvexPoly(hull, cv2.convexHull(points), 1)
+    if outlines:
+        cv2.fillConvexPoly(hull, cv2.convexHull(np.concatenate(outlines)), 1)
     return hull > 0
 
 
