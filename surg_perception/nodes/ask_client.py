@@ -45,7 +45,7 @@ def ask(
     Raises:
         TimeoutError: no such action, or no answer in time.
     """
-    with _counted_interrupts() as interrupts, ExitStack() as undo:
+    with counted_interrupts() as interrupts, ExitStack() as undo:
         context = rclpy.Context()
         # Ctrl-C must reach the node as a cancel; rclpy's own handler would take the connection down first.
         rclpy.init(context=context, signal_handler_options=SignalHandlerOptions.NO)
@@ -63,7 +63,7 @@ def ask(
 
 
 @contextmanager
-def _counted_interrupts() -> Iterator[list[int]]:
+def counted_interrupts() -> Iterator[list[int]]:
     """A list that grows with each Ctrl-C; from the second on they raise as usual.
 
     A KeyboardInterrupt can hit rclpy where it is lost (a callback from C++) or leaves a task half done.

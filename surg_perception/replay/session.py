@@ -39,6 +39,8 @@ from surg_perception.stream.temporal_head import TemporalHead
 _PACKAGE = "surg_perception_msgs/msg"
 REJECTED = "REJECTED"
 """State of an image that holds no usable picture; the node publishes nothing for it."""
+MISSING = "MISSING"
+"""State of an image that was sent to a running node and has no phase: lost, or replaced by a newer one."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Frame:
     Attributes:
         number: of the image in the bag, from 0.
         stamp_ns, log_ns: of the image.
-        state: a name of PhaseState, or REJECTED.
+        state: a name of PhaseState, REJECTED, or in a live replay MISSING.
         phase, phase_id, raw_phase_id, confidence, probabilities: as in SurgicalPhase.msg.
         latent_rms: root mean square of the latent, float32 before any pooling; None where there is none.
         error: why there is no phase, for REJECTED and FAULT.
@@ -119,10 +121,10 @@ class Replayed:
     def counts(self) -> dict[str, int]:
         """Images, and of these processed, rejected, and those on which the model failed."""
         states = [frame.state for frame in self.frames]
-        rejected, faults = states.count(REJECTED), states.count(PhaseState.FAULT.name)
+        rejected, faults, missing = (states.count(state) for state in (REJECTED, PhaseState.FAULT.name, MISSING))
         return {
             "images": len(states),
-            "processed": len(states) - rejected - faults,
+            "processed": len(states) - rejected - faults - missing,
             "rejected": rejected,
             "faults": faults,
         }
@@ -222,10 +224,10 @@ class ResultWriter:
     def frame(
         self, frame: Frame, header: Any, phase: Mapping[str, Any] | None, latent: Mapping[str, Any] | None
     ) -> None:
-        """Write what was said of an image; the header is the image's."""
+        """Write what was said of an image; the header is the image's. Times that `phase` does not name are 0."""
         times = dict.fromkeys(("latency_ms", "wait_ms", "decode_ms", "inference_ms", "filter_ms"), 0.0)
         if phase is not None:
-            fields = {**phase, **times, "header": header}
+            fields = {**times, **phase, "header": header}
             self._write(f"{self._phase}/phase", f"{_PACKAGE}/SurgicalPhase", frame.log_ns, fields)
         if latent is not None:
             fields = {**latent, "header": header, "shape": np.array(latent["shape"], np.uint32)}
@@ -304,7 +306,7 @@ def replay(
             frame, phase, latent = phases.take(image)
             done.frames.append(frame)
             writer.frame(frame, image.message.header, phase, latent)
-            writer.line("frame", **_frame_line(frame, done.frames[0].stamp_ns))
+            writer.line("frame", **frame_line(frame, done.frames[0].stamp_ns))
             progress(len(done.frames))
         if questions is not None and not done.interrupted:
             _tell(writer, done, questions.end())
@@ -325,7 +327,8 @@ def _tell(writer: ResultWriter, done: Replayed, answers: Sequence[AnsweredQuesti
         writer.line("answer", **{**line, **rounded})
 
 
-def _frame_line(frame: Frame, first_ns: int) -> dict[str, Any]:
+def frame_line(frame: Frame, first_ns: int) -> dict[str, Any]:
+    """What results.jsonl holds of a frame; first_ns is the stamp of the first one."""
     line = {"t_s": round((frame.stamp_ns - first_ns) * 1e-9, 6), **vars(frame)}
     return {name: value for name, value in line.items() if not name.startswith("error") or value}
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -126,6 +127,7 @@ class Graph:
         for stranger in self._strangers:
             stranger.destroy_node()
             rclpy.shutdown(context=stranger.context)
+        self.__dict__.clear()
 
 
 @pytest.fixture
@@ -134,6 +136,8 @@ def graph(domain: int) -> Iterator[Graph]:
     graph = Graph(domain)
     yield graph
     graph.close()
+    # A node that something still refers to stays in the ROS graph, and the next test may have this domain.
+    gc.collect()
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
