@@ -18,12 +18,18 @@ from phantom_bags import jpeg, messages_of, write_phantom_bag
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage
-from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, SurgicalPhase
+from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, QuestionAnswer, SurgicalPhase
+from surg_perception_msgs.srv import Ask
 
 from surg_perception.data.bags import BagReader
+from surg_perception.nodes.parameter_table import VQA
 from surg_perception.nodes.phase_node import PhaseNode
+from surg_perception.nodes.vqa_node import VqaNode
+from surg_perception.replay.questions import PlannedQuestion, QuestionReplay
 from surg_perception.replay.run import run_replay
+from surg_perception.replay.session import ResultWriter
 from surg_perception.stream.phase_pipeline import PhasePipeline
+from surg_perception.surgllm.answering import Reply
 
 MODEL = "gsvit_m0_phantom"
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -112,3 +118,77 @@ def test_every_field_of_every_message_is_the_live_nodes(
     assert [plain(one) for one in latents] == expected
     assert 10 < len(expected) < 30
     assert [plain(one) for one in replayed["/surg_perception/phase/labels"]] == [plain(labels[0])]
+
+
+class BrightnessAssistant:
+    """Answers with the brightness of the window's frames."""
+
+    image_size, segment_frames, max_segments = 32, 4, 16
+    model_id, backend, tasks = "brightness@0", "none", ("phase", "caption")
+
+    def encode(self, frames: np.ndarray) -> list[int]:
+        return [round(float(frame.mean())) for frame in frames]
+
+    def ask(self, question: str, segments: Any, *, task: str = "", on_text: Any = None, stop: Any = None) -> Reply:
+        text = " ".join(f"{start:g}-{end:g}:{features}" for start, end, features in segments)
+        return Reply(text, task or "phase", 0.75 if not task else 1.0, "joint", 0.5, 1, 0.0, 0.0, True)
+
+
+def test_every_field_of_every_answer_is_the_live_nodes(graph: Graph, tmp_path: Path) -> None:
+    # Nothing is kept between 8 and 10 s: a gap.
+    seconds = [*range(9), *range(11, 24)]
+    questions = [
+        PlannedQuestion("What is seen?", 7.0),
+        PlannedQuestion("What is seen?", 14.0, window_s=10.0),
+        PlannedQuestion("What is seen?", 15.0, task="caption", window_s=2.0),
+        PlannedQuestion("What is the patient's name?", 16.0),
+        PlannedQuestion("What is seen?", 16.0, task="nonsense"),
+        PlannedQuestion("  ", 17.0),
+        PlannedQuestion("What is seen?", 23.0, window_s=60.0),
+    ]
+    values = {**VQA.defaults, "input.transport": "compressed", "input.reliability": "reliable", "buffer.length_s": 12.0}
+    start_ns = time.time_ns() - 60 * 10**9
+
+    def message(second: int) -> CompressedImage:
+        picture = np.full((32, 32, 3), second * 10, np.uint8)
+        image = CompressedImage(format="jpeg", data=jpeg(picture))
+        image.header.stamp.sec, image.header.stamp.nanosec = divmod(start_ns + second * 10**9, 10**9)
+        return image
+
+    asked = QuestionReplay(questions, BrightnessAssistant(), values)
+    node = graph.start(
+        lambda **kwargs: VqaNode(load=lambda model, threads: BrightnessAssistant(), **kwargs),
+        **{name.replace(".", "__"): value for name, value in values.items() if value != VQA.defaults[name]},
+    )
+    told = graph.collect(QuestionAnswer, "vqa/answered")
+    publisher = graph.client.create_publisher(CompressedImage, "image/compressed", 10)
+    client = graph.client.create_client(Ask, "ask")
+    assert graph.transition(node, "configure", "activate")
+    wait_until(lambda: publisher.get_subscription_count() == 1 and client.service_is_ready(), 30, "the node")
+    wait_until(lambda: node.count_subscribers("vqa/answered"), 30, "ours")
+    for count, second in enumerate(seconds, 1):
+        asked.take(message(second), start_ns + second * 10**9, start_ns + second * 10**9)
+        publisher.publish(message(second))
+        wait_until(lambda n=count: node._received == n, 30, f"image {count}")
+        encoded = node._buffer
+        wait_until(lambda b=encoded: all(one.attempted for one in b._samples), 30, "its segment")
+        for question in [one for one in questions if one.at_s == second]:
+            request = Ask.Request(question=question.ask, task=question.task, window_s=question.window_s)
+            future = client.call_async(request)
+            wait_until(future.done, 30, "an answer")
+    asked.end()
+    wait_until(lambda: len(told) == len(questions), 30, "all answers")
+    (tmp_path / "out").mkdir()
+    with ResultWriter(tmp_path / "out", "surg_perception") as writer:
+        for answer in asked.answers:
+            writer.answer(answer)
+    replayed = messages_of(tmp_path / "out" / "bag")["/surg_perception/vqa/answered"]
+
+    def untimed_answer(one: Any) -> dict[str, Any]:
+        return {
+            name: value for name, value in plain(one).items() if name not in ("header", "first_token_ms", "total_ms")
+        }
+
+    assert [untimed_answer(one) for one in replayed] == [untimed_answer(one) for one in told]
+    assert [one.error_code for one in told] == [0, 0, 0, 10, 5, 4, 0]
+    assert len({one.answer for one in told}) == 5

@@ -334,6 +334,12 @@ def test_refusals_have_the_codes_of_the_node() -> None:
     assert "64 s" in asked.answers[3].error_message
 
 
+def test_segments_that_have_lost_an_image_are_left_out_as_by_a_node_that_keeps_up() -> None:
+    plan = [PlannedQuestion("What?", 95.0, window_s=10.0)]
+    asked, _ = ask_all(plan, range(0, 100), **{"buffer.length_s": 10.0})
+    assert asked.answers[0].answer == "88 89 90 91 92 93 94 95", "86 and 87 are there, of a segment from 84 on"
+
+
 def test_images_that_no_question_will_look_at_are_not_encoded() -> None:
     plan = [PlannedQuestion("What?", 95.0, window_s=4.0)]
     asked, assistant = ask_all(plan, range(0, 250), **{"buffer.length_s": 10.0})
