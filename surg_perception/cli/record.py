@@ -113,6 +113,8 @@ def add_parser(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Record, show how it goes, and say what was recorded. Returns the exit status."""
+    share = options.share and not options.no_deidentify
+    _check(options, share)
     try:
         from surg_perception.nodes import recorder
     except ModuleNotFoundError as error:
@@ -123,8 +125,6 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    share = options.share and not options.no_deidentify
-    _check(options, share)
     settings = recorder.RecordOptions(
         folder=options.out,
         namespace=options.namespace,

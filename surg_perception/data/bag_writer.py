@@ -8,11 +8,11 @@ compressed, since pictures are already, and bytes would depend on the compressor
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import yaml
 from mcap.writer import CompressionType, Writer
@@ -257,11 +257,34 @@ def definition_of(msgtype: str) -> str:
     """The text of a message type and of all types in it, as MCAP's encoding ros2msg has it.
 
     Raises:
-        ValueError: the type is none of ROS 2's common ones or of this package.
+        ValueError: it, or a type in it, is none of ROS 2's common ones, of this package or of an installed one.
     """
     from surg_perception.data.ros_types import typestore
 
     store = typestore()
-    if msgtype not in store.fielddefs:
-        raise ValueError(f"the message type {msgtype} is not known here, so it cannot be written to a bag")
+    found: dict[str, Any] = {}
+    _find_installed(msgtype, store.fielddefs, found)
+    store.register(found)
     return str(store.generate_msgdef(msgtype, ros_version=2)[0])
+
+
+def _find_installed(msgtype: str, known: Container[str], found: dict[str, Any]) -> None:
+    """Add to found what is not known of the type and of those in it, from the packages of the sourced workspaces."""
+    from rosbags.typesys import get_types_from_msg
+
+    if msgtype in known or msgtype in found:
+        return
+    package, _, name = msgtype.partition("/msg/")
+    prefixes = filter(None, os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep))
+    files = [Path(prefix) / "share" / package / "msg" / f"{name}.msg" for prefix in prefixes]
+    file = next((file for file in files if name.isidentifier() and package.isidentifier() and file.is_file()), None)
+    if file is None:
+        raise ValueError(
+            f"the message type {msgtype} is not known here, so it cannot be written to a bag: source the workspace "
+            "that has its package"
+        )
+    found |= get_types_from_msg(file.read_text(), msgtype)
+    for _, (kind, detail) in found[msgtype][1]:
+        inner = detail if kind.name == "NAME" else detail[0][1] if kind.name in ("ARRAY", "SEQUENCE") else None
+        if isinstance(inner, str):
+            _find_installed(inner, known, found)

@@ -122,21 +122,34 @@ def test_definitions_hold_the_types_inside():
     assert "MSG: builtin_interfaces/Time" in text
 
 
+def test_types_of_sourced_workspaces_are_found_with_those_inside(tmp_path, monkeypatch):
+    for name, text in (("Outer", "std_msgs/Header header\nInner[] parts\nfloat64[3] at"), ("Inner", "string word")):
+        file = tmp_path / "prefix/share/arm_msgs/msg" / f"{name}.msg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.setenv("AMENT_PREFIX_PATH", f"/nowhere:{tmp_path / 'prefix'}")
+    text = definition_of("arm_msgs/msg/Outer")
+    assert "Inner[] parts" in text
+    for inside in ("MSG: arm_msgs/Inner\nstring word", "MSG: std_msgs/Header", "MSG: builtin_interfaces/Time"):
+        assert inside in text
+    with BagWriter(tmp_path / "bag") as bag:
+        bag.write("/arm", "arm_msgs/msg/Outer", 1, b"\x00\x01\x00\x00")
+    with Reader(tmp_path / "bag") as reader:
+        assert reader.connections[0].msgdef.data == text
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {folder!r})
 from test_bag_writer import IMAGE, STRING, BagWriter, image, string
 bag = BagWriter(Path({bag!r}), split_bytes=3 << 20)
-for k in range(1000):
+for k in range(13):
     bag.write("/image", IMAGE, k * 10**9, image(k % 256, k, side=512))
     bag.write("/text", STRING, k * 10**9 + 1, string(f"number {{k}}"))
-    if k == 12:
-        bag.flush()
-        print("flushed", flush=True)
-    if k == 14:
-        print("on", flush=True)
-        time.sleep(1000)
+bag.flush()
+print("flushed", flush=True)
+time.sleep(1000)
 """
 
 
@@ -146,7 +159,7 @@ def test_after_sigkill_everything_up_to_the_last_flush_can_be_read(tmp_path):
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ.copy()
     )
     assert process.stdout is not None
-    assert [process.stdout.readline().strip() for _ in range(2)] == ["flushed", "on"]
+    assert process.stdout.readline() == "flushed\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
 
@@ -161,8 +174,8 @@ def test_after_sigkill_everything_up_to_the_last_flush_can_be_read(tmp_path):
             for _, channel, message in NonSeekingReader(stream).iter_messages(log_time_order=False):
                 if channel.topic == "/text":
                     seen.append(message.log_time // 10**9)
-    assert seen[:13] == list(range(13))
+    assert seen == list(range(13))
     with BagReader(tmp_path / "bag") as bag:
-        assert [picture.stamp_ns // 10**9 for picture in bag.images()][:13] == list(range(13))
+        assert [picture.stamp_ns // 10**9 for picture in bag.images()] == list(range(13))
     with Reader(tmp_path / "bag" / names[0]) as reader:  # a file that was finished needs no recovery
         assert reader.message_count > 0
