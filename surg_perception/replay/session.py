@@ -351,7 +351,7 @@ def _problems(done: Replayed, values: Mapping[str, Any]) -> Iterator[Problem]:
     if gaps := [step for step in steps_s if step[0] > limit_s]:
         longest_s, number = max(gaps, key=lambda gap: (gap[0], -gap[1]))
         yield Problem(
-            "gap",
+            "silence",
             len(gaps),
             f"gaps between images longer than state.no_signal_after_s ({limit_s:g} s), the longest {longest_s:.2f} s "
             f"at {times_s[number]:.2f} s: the live node says NO_SIGNAL in them",

@@ -110,7 +110,7 @@ def test_problems_are_told_in_a_line_each(bag: Path, tmp_path: Path) -> None:
     outcome = run_replay(bag, tmp_path / "out", model=MODEL, assignments=["state.no_signal_after_s:=0.1"])
     told = {problem.kind: problem for problem in outcome.replayed.problems}
     assert "at 4.00 s" in told["corrupt"].text
-    assert told["gap"].count == 59, "5 images a second, and NO_SIGNAL after 0.1 s"
+    assert told["silence"].count == 59, "5 images a second, and NO_SIGNAL after 0.1 s"
     assert all("\n" not in problem.text for problem in told.values())
     assert [line["problem"] for line in lines_of(outcome.out, "problem")] == list(told)
 
