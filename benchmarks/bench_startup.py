@@ -128,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="*", default=["gsvit_m0_phantom"], help="names or folders")
     parser.add_argument("--no-m5", action="store_true", help="without GSViT-M5 with the paper's head, random weights")
+    parser.add_argument("--starts", default="", help="only those with this in their name, as 'node openvino'")
     parser.add_argument("--rounds", type=int, default=5, help="cold and cached starts each (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=default_threads(), help="of each engine (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/bench_startup.json"))
@@ -154,6 +155,8 @@ def main() -> None:
             cases = [(kind, *engine) for kind in kinds for engine in ENGINES]
             for kind, backend, precision in track(cases, description=card.name, transient=True):
                 name = f"{kind} {backend}:CPU:{precision}"
+                if options.starts not in name:
+                    continue
                 try:
                     found[name] = figures = measure(
                         kind, str(card.folder), backend, precision, options.threads, options.rounds

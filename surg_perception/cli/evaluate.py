@@ -45,7 +45,12 @@ def add_parser(verbs: Any) -> None:
     engine.add_argument(
         "--backend", default="auto", help="tensorrt, openvino, onnxruntime or torch (default: %(default)s)"
     )
-    engine.add_argument("--precision", default="fp32", help="fp32, bf16, or fp16 with tensorrt (default: %(default)s)")
+    engine.add_argument(
+        "--precision",
+        default="fp32",
+        help="fp32, bf16; fp32-w8, bf16-w8: the head's weights in int8, with openvino; fp16, fp16-mixed: with tensorrt "
+        "(default: %(default)s)",
+    )
     engine.add_argument("--device", help="CPU, CUDA or GPU (default: the best one)")
     engine.add_argument("--threads", type=int, help="on the CPU (default: the cores, at most four)")
     engine.add_argument("--cache", type=Path, metavar="DIR", help="keep resized frames there for the next time")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from surg_perception.gsvit import GSViT, GSViTConfig
 from surg_perception.gsvit.checkpoint import released_name
 from surg_perception.models import find_model
+from surg_perception.runtime import PRECISIONS
 
 
 def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,6 +40,12 @@ def test_help_needs_nothing_heavy() -> None:
     assert shown.returncode == 0, shown.stderr
     assert "demo" in shown.stdout
     assert "models" in shown.stdout
+
+
+def test_help_names_every_precision() -> None:
+    shown = command("evaluate", "phase", "--help", COLUMNS="200")
+    words = shown.stdout[shown.stdout.rindex("--precision") :].split("--device")[0]
+    assert set(PRECISIONS) <= set(re.findall(r"[\w-]+", words))
 
 
 @pytest.mark.parametrize("name", ["gsvit_m0_phantom", "surgllm_small_phantom"])
