@@ -42,6 +42,7 @@ def write_live(result: LiveResult, reader: BagReader, out: Path, namespace: str)
         problems=[*(Problem(p.kind, p.count, p.text) for p in reader.problems), *_problems(result)],
         input_sha256=result.input_sha256,
         interrupted=result.interrupted,
+        asks=False,
     )
     with ResultWriter(out, namespace) as writer:
         writer.line(

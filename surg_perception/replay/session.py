@@ -94,6 +94,7 @@ class Replayed:
         problems: in the bag or with its images.
         input_sha256: of the images' bytes, in their order.
         interrupted: it was stopped before the end of the bag.
+        asks: questions can be asked; False in a live replay.
     """
 
     topic: str
@@ -108,6 +109,7 @@ class Replayed:
     problems: list[Problem] = field(default_factory=list)
     input_sha256: str = ""
     interrupted: bool = False
+    asks: bool = True
 
     @property
     def times_s(self) -> list[float]:

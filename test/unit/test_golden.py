@@ -14,6 +14,7 @@ import yaml
 
 from surg_perception.replay.golden import Golden, GoldenError, Tolerances, plot
 from surg_perception.replay.questions import AnsweredQuestion
+from surg_perception.replay.run import conclude, expected_of
 from surg_perception.replay.session import Frame, Replayed
 
 LABELS = ("Preparation", "Dissection", "Cleaning")
@@ -180,6 +181,22 @@ def test_codes_tasks_and_missing_questions_are_told(golden: Golden) -> None:
     twice = replayed()
     twice.answers *= 2
     assert "is not in the golden file" in told(golden, twice)[0]
+
+
+def test_a_live_replay_asks_nothing_and_that_is_a_note(golden: Golden) -> None:
+    comparison = golden.compare(replayed(answers=[], vqa_model_id="", asks=False))
+    assert not comparison.differences
+    assert comparison.notes == ["no questions were asked, the golden file's 1 answers do not count"]
+
+
+def test_writing_anew_keeps_the_tolerances(tmp_path: Path) -> None:
+    path = tmp_path / "golden.yaml"
+    (tmp_path / "out").mkdir()
+    Golden.of(replayed(), Tolerances(boundary_s=0.4, answer="exact")).write(path)
+    conclude(replayed(input_sha256="cd" * 32), tmp_path / "out", path, expected_of(path, update=True), update=True)
+    again = Golden.read(path)
+    assert again.tolerances == Tolerances(boundary_s=0.4, answer="exact")
+    assert again.input["sha256"] == "cd" * 32
 
 
 def test_other_labels_are_a_difference(golden: Golden) -> None:

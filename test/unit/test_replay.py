@@ -256,6 +256,15 @@ def test_questions_of_a_file(tmp_path: Path) -> None:
     ]
 
 
+def test_the_questions_of_the_page_are_read(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "replay.md").read_text()
+    block = page.split("## Questions\n```yaml\n")[1].split("```")[0]
+    (tmp_path / "questions.yaml").write_text(block)
+    plan = read_plan(tmp_path / "questions.yaml")
+    assert [question.at_s for question in plan] == [12.0, 47.5, None]
+    assert plan[1].task == "triplet"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
