@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -117,6 +118,7 @@ def run(options: argparse.Namespace) -> int:
     _check(options, share)
     try:
         from surg_perception.nodes import recorder
+        from surg_perception.nodes.dds_profile import profile_environment
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("rclpy", "surg_perception_msgs"):
             raise
@@ -139,6 +141,10 @@ def run(options: argparse.Namespace) -> int:
         rectangles=tuple(options.mask),
         shift_times=not options.keep_times,
     )
+    variables, note = profile_environment()
+    os.environ.update(variables)  # read when this process joins ROS
+    if variables and note:
+        print(note, file=sys.stderr)
     with _Shower() as show:
         progress = recorder.record(settings, show)
     for line in _summary(progress, options):
@@ -240,6 +246,8 @@ def _problems(progress: Progress, asked: set[str]) -> list[str]:
         lines.append(f"ended early: {progress.stopped_because}")
     if progress.dropped:
         lines.append(f"{progress.dropped} messages were dropped: encoder or disk are too slow; lower rate or quality")
+    if progress.lost:
+        lines.append(f"{progress.lost} messages were lost on their way here (docs/large_images.md)")
     for reason, count in progress.unreadable.items():
         lines.append(f"{count} images were left out: {reason}")
     for topic, reason in progress.refused.items():

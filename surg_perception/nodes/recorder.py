@@ -27,6 +27,11 @@ from surg_perception.data.bags import IMAGE_TYPES
 from surg_perception.data.deidentify import Rectangle, Shown
 from surg_perception.data.recorded_messages import PrivateMessages, SharedMessages
 
+try:
+    from rclpy.event_handler import SubscriptionEventCallbacks, UnsupportedEventTypeError
+except ImportError:  # Humble
+    from rclpy.qos_event import SubscriptionEventCallbacks, UnsupportedEventTypeError
+
 TOPICS = {
     "image": "",
     "phase": "phase/phase",
@@ -88,6 +93,7 @@ class Progress:
         messages: written, by topic in the bag.
         images: written.
         dropped: messages that came faster than they could be encoded and written.
+        lost: messages that did not reach the recorder, as far as the middleware reports it.
         unreadable: images that could not be decoded, by the reason.
         shown: images of a shared recording by what became of them; empty otherwise.
         refused: topics that cannot be recorded, with the reason.
@@ -102,6 +108,7 @@ class Progress:
     messages: dict[str, int] = field(default_factory=dict)
     images: int = 0
     dropped: int = 0
+    lost: int = 0
     unreadable: dict[str, int] = field(default_factory=dict)
     shown: dict[Shown, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -172,6 +179,7 @@ def _progress(sink: _Sink, receiver: _Receiver) -> Progress:
         messages=dict(sink.counts),
         images=sink.images,
         dropped=sink.dropped,
+        lost=receiver.lost,
         unreadable=dict(sink.messages.unreadable),
         shown=shown,
         refused=dict(receiver.refused),
@@ -358,6 +366,7 @@ class _Receiver:
 
     def __init__(self, node: Node, options: RecordOptions, sink: _Sink) -> None:
         self.refused: dict[str, str] = {}
+        self.lost = 0
         self._node, self._options, self._sink = node, options, sink
         self._wanted: dict[str, _Wanted] = {}
         for name in options.topics:
@@ -440,7 +449,15 @@ class _Receiver:
             self._sink.take(wanted.topic, msgtype, raw)
 
         wanted.msgtype, wanted.qos = msgtype, qos
-        wanted.subscription = self._node.create_subscription(message_class, wanted.topic, take, qos, raw=True)
+        arguments = (message_class, wanted.topic, take, qos)
+        try:
+            events = SubscriptionEventCallbacks(message_lost=self._count_lost)
+            wanted.subscription = self._node.create_subscription(*arguments, event_callbacks=events, raw=True)
+        except UnsupportedEventTypeError:
+            wanted.subscription = self._node.create_subscription(*arguments, raw=True)
+
+    def _count_lost(self, event: Any) -> None:
+        self.lost += event.total_count_change
 
     def _announce(self, name: str, topic: str, msgtype: str, publishers: Sequence[Any]) -> None:
         if self._announced[topic]:
@@ -461,7 +478,7 @@ class _Receiver:
     def _shared_name(self, name: str) -> str:
         if name in TOPICS:
             return f"/surg_perception/{TOPICS[name] or name}"
-        return f"/surg_perception/{name.strip('/').rsplit('/', 1)[-1]}_{len(self._announced) + 1}"
+        return f"/surg_perception/topic_{self._options.topics.index(name) + 1}"  # its own name can name somebody
 
 
 def _matching(publishers: Sequence[Any], depth: int) -> QoSProfile:

@@ -225,6 +225,7 @@ def test_a_shared_recording_holds_no_name_of_the_room_and_refuses_what_it_cannot
 ) -> None:
     node = graph.stranger()
     images = node.create_publisher(Image, "/or_3/camera", 10)
+    second = node.create_publisher(Image, "/or_3/millers_camera", 10)
     notes = node.create_publisher(String, "/or_3/note", 10)
     latents = node.create_publisher(LatentFeatures, "phase/latent", 10)
     phases = node.create_publisher(SurgicalPhase, "phase/phase", 10)
@@ -234,14 +235,19 @@ def test_a_shared_recording_holds_no_name_of_the_room_and_refuses_what_it_cannot
     def publish(k: int) -> None:
         now = time.time_ns()
         images.publish(stamped(frames[k % len(frames)], now, "or_3_endoscope"))
+        second.publish(stamped(frames[k % len(frames)], now, "or_3_endoscope"))
         phases.publish(stamped(SurgicalPhase(phase="Clipping"), now, "or_3_endoscope"))
         latents.publish(LatentFeatures(data=[1.0]))
         notes.publish(String(data="Mrs Miller"))
 
-    topics = ("image", "phase", "latent", "/or_3/note")
+    topics = ("image", "phase", "latent", "/or_3/note", "/or_3/millers_camera")
     running = Recording(options(tmp_path / "bag", topics=topics, image="/or_3/camera", share=True, seconds=6.0))
     result = running.while_running(publish, 0.1)
-    assert set(result.messages) == {"/surg_perception/image/compressed", "/surg_perception/phase/phase"}
+    assert set(result.messages) == {
+        "/surg_perception/image/compressed",
+        "/surg_perception/phase/phase",
+        "/surg_perception/topic_5/compressed",
+    }
     assert set(result.refused) == {"/or_3/note", "/surg_perception/phase/latent"}
     assert sum(result.shown.values()) == result.images
     found = contents(tmp_path / "bag")
@@ -249,7 +255,7 @@ def test_a_shared_recording_holds_no_name_of_the_room_and_refuses_what_it_cannot
     assert all(message.header.stamp.sec < 946684800 + 120 for messages in found.values() for message in messages)
     for path in (tmp_path / "bag").iterdir():
         content = path.read_bytes()
-        for name in (b"or_3", b"Miller", os.uname().nodename.encode(), str(tmp_path).encode()):
+        for name in (b"or_3", b"Miller", b"millers", os.uname().nodename.encode(), str(tmp_path).encode()):
             assert name not in content, (path, name)
 
 
