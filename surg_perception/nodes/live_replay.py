@@ -7,10 +7,9 @@ import hashlib
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -177,10 +176,7 @@ def replay_live(
     Raises:
         LiveReplayError: nothing could be played: no such node, not active, by another clock, on another transport.
     """
-    environment, note = profile_environment()
-    if note and bag.msgtype == "sensor_msgs/msg/Image":
-        tell(note)
-    with _joined(settings.namespace, check, environment) as (node, wait):
+    with _joined(settings.namespace, check, tell) as (node, wait):
         player = _Player(node, wait, bag, settings)
         player.prepare()
         return player.play(on_image)
@@ -198,14 +194,17 @@ def check_free(namespace: str) -> None:
 
 @contextmanager
 def _joined(
-    namespace: str, check: Callable[[], None] = lambda: None, environment: Mapping[str, str] = MappingProxyType({})
+    namespace: str, check: Callable[[], None] = lambda: None, tell: Callable[[str], None] = lambda text: None
 ) -> Iterator[tuple[Any, Wait]]:
     """A node in a context of its own, and what lets callbacks run until a condition holds or time is up.
 
     The latter gives the condition's last value, and raises KeyboardInterrupt after Ctrl-C and what `check` raises.
     """
     with counted_interrupts() as interrupts, ExitStack() as undo:
-        # Read when the first participant is made; it is nobody else's business afterwards.
+        environment, note = profile_environment()
+        if note:
+            tell(note)
+        # Read once in a process, when its first participant is made; it is nobody else's business afterwards.
         for name in environment:
             undo.callback(os.environ.pop, name, None)
         os.environ.update(environment)
@@ -497,6 +496,12 @@ class _Player:
             due_s = start_s + (image.log_ns - first_ns) * 1e-9 / rate
             self._wait(lambda: False, due_s - time.monotonic())
             self._result.behind_s = max(self._result.behind_s, time.monotonic() - due_s)
+            if time.monotonic() - self._newest_s > self._settings.timeout_s:
+                self._seen.check_alive()
+                raise LiveReplayError(
+                    f"{self._seen.name} has been silent for {self._settings.timeout_s:g} s, and while it is active it "
+                    "speaks every second: was it deactivated, or does it hang? Look at its log"
+                )
             yield self._send(number, image)
         self._wait_for_the_last()
 
