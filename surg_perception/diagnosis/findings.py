@@ -457,10 +457,6 @@ def transport(s: Snapshot) -> Findings:
         if seen.bytes <= DEFAULT_SEGMENT:
             continue
         size = f"{seen.topic} ({seen.bytes / 1e6:.1f} MB an image)"
-        ends: list[tuple[str, Process | None, str]] = [
-            (f"the publisher {p.node}", _process_of(s, p), ERROR) for p in raw_publishers
-        ]
-        ends += [(node.name, node.process, WARNING) for node in s.graph.nodes if seen.topic in dict(node.reads)]
         if machine.rmem_max and machine.rmem_max < seen.bytes and any(p.here is False for p in raw_publishers):
             yield Finding(
                 "dds.receive_buffer",
@@ -469,24 +465,26 @@ def transport(s: Snapshot) -> Findings:
                 "An image arrives as thousands of UDP packets; what does not fit the buffer is lost.",
                 "sudo sysctl -w net.core.rmem_max=67108864 net.core.rmem_default=67108864   # or transport:=compressed",
             )
+        # The publisher's segment carries the image; a reader's own does not matter.
         well = 0
-        for who, process, level in ends:
+        for publisher in raw_publishers:
+            process = _process_of(s, publisher)
             if process is None:
                 continue
-            env = process.environment
-            profile = machine.profiles.get(profile_of(env))
-            if profile is None and not env.get("FASTDDS_BUILTIN_TRANSPORTS"):
+            who = f"the publisher {publisher.node} (process {process.pid})"
+            profile = machine.profiles.get(profile_of(process.environment))
+            if profile is None and not process.environment.get("FASTDDS_BUILTIN_TRANSPORTS"):
                 yield Finding(
                     "dds.profile_unloaded",
-                    level,
-                    f"{who} (process {process.pid}) runs without a Fast DDS profile for large images; {size}",
+                    ERROR,
+                    f"{who} runs without a Fast DDS profile for large images; {size}",
                     "With the default shared-memory segment of 0.5 MB most raw images are lost without an error.",
                     f"{_export_profile(s)}   # where it is started, then restart it; or transport:=compressed",
                 )
             elif profile is not None and not profile.fault and profile.segment_bytes < 2 * seen.bytes:
                 yield Finding(
                     "dds.segment_small",
-                    level,
+                    ERROR,
                     f"{who} loads {profile.path}, whose shared-memory segment of {profile.segment_bytes / 1e6:.1f} MB "
                     f"holds no two images of {size}",
                     "Images that do not fit are lost without an error.",
@@ -494,8 +492,8 @@ def transport(s: Snapshot) -> Findings:
                 )
             else:
                 well += 1
-        if well == len(ends):
-            yield good("dds.profile", f"publisher and readers of {size} are set up for large images")
+        if well and well == len(raw_publishers):
+            yield good("dds.profile", f"the publisher of {size} is set up for large images")
 
 
 def shared_memory(s: Snapshot) -> Findings:

@@ -139,7 +139,8 @@ class Patient:
 
 
 @pytest.fixture
-def patient(graph: Graph) -> Patient:
+def patient(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> Patient:
+    monkeypatch.setattr(doctor, "DISCOVERY_S", 1.5)
     return Patient(graph)
 
 
@@ -283,7 +284,7 @@ def test_another_type_on_the_topic(patient: Patient) -> None:
 def test_two_cameras_on_one_topic(patient: Patient) -> None:
     patient.active()
     patient.camera()
-    patient.camera(stamp=lambda now_ns: now_ns - 10**9)
+    patient.camera(stamp=lambda now_ns: now_ns - 10**9, rate_hz=7.0)
     found = {f.check for f in patient.examined()}
     assert {"image.two_publishers", "stamp.backwards"} <= found
 

@@ -291,13 +291,6 @@ FAULTS: list[tuple[str, str, Change, str, str]] = [
         "export FASTDDS_DEFAULT_PROFILES_FILE=/share/config/fastdds_large_images.xml",
     ),
     (
-        "dds.profile_unloaded",
-        WARNING,
-        on_node(process=replace(NODE, environment={})),
-        PHASE_NAME,
-        "FASTDDS_DEFAULT_PROFILES_FILE",
-    ),
-    (
         "dds.profile_missing",
         ERROR,
         on_machine(profiles={"/big.xml": Profile("/big.xml", fault="no such file")}),
