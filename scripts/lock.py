@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes requirements/constraints.txt: the exact version of every package that another one brings along.
 
-    python3 scripts/lock.py PYTHON3.10 PYTHON3.11 PYTHON3.12
+    python3 scripts/lock.py [--keep] PYTHON3.10 PYTHON3.11 PYTHON3.12
 
 Run it after changing a requirements file. pip resolves all of them together on each interpreter; nothing is
-installed. Packages that PyTorch brings for CUDA are left to PyTorch, which pins them itself.
+installed. Packages that PyTorch brings for CUDA are left to PyTorch, which pins them itself. --keep leaves the versions
+that constraints.txt has, and only adds and removes.
 """
 
 from __future__ import annotations
@@ -32,14 +33,21 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def resolve(python: str) -> tuple[str, dict[str, str]]:
-    """The interpreter's version as major.minor, and the version of every package that pip would install there."""
+def resolve(python: str, kept: Path | None) -> tuple[str, dict[str, str]]:
+    """The interpreter's version as major.minor, and the version of every package that pip would install there.
+
+    Args:
+        python: the interpreter.
+        kept: constraints to obey.
+    """
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
         pip = [f"{folder}/bin/python", "-m", "pip"]
         subprocess.run([*pip, "install", "--quiet", "-r", str(FOLDER / "build.txt")], check=True)
         report = Path(folder) / "report.json"
         command = [*pip, "install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
+        if kept is not None:
+            command += ["-c", str(kept)]
         for name in FILES:
             command += ["-r", str(FOLDER / f"{name}.txt")]
         subprocess.run(command, check=True)
@@ -67,10 +75,13 @@ def lines(resolved: dict[str, dict[str, str]], direct: set[str]) -> list[str]:
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
+    keep = "--keep" in sys.argv[1:]
+    pythons = [word for word in sys.argv[1:] if word != "--keep"]
+    if not pythons:
         sys.exit(__doc__)
-    resolved = dict(resolve(python) for python in sys.argv[1:])
-    (FOLDER / "constraints.txt").write_text(HEADER + "\n".join(lines(resolved, direct_names())) + "\n")
+    constraints = FOLDER / "constraints.txt"
+    resolved = dict(resolve(python, constraints if keep else None) for python in pythons)
+    constraints.write_text(HEADER + "\n".join(lines(resolved, direct_names())) + "\n")
 
 
 if __name__ == "__main__":

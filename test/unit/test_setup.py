@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -662,6 +663,40 @@ def test_requirements_are_pinned_once_for_every_python_and_name_no_index(path: P
         assert len(names) == len(set(names)), f"a package twice for Python {version}"
         if path.stem != "constraints":  # a package may come along on some Pythons only
             assert set(names) == {r.name for r in requirements}, f"a package is missing for Python {version}"
+
+
+lock = load("lock", ROOT / "scripts" / "lock.py")
+
+
+def constrained() -> list[Requirement]:
+    lines = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if not line.startswith("#")]
+
+
+def test_what_a_requirements_file_pins_is_not_constrained_too() -> None:
+    assert not {requirement.name for requirement in constrained()} & lock.direct_names(), "run scripts/lock.py"
+
+
+@pytest.mark.skipif(not list(metadata.distributions(name="ros-jazzy-rclpy")), reason="ROS 2 is not from wheels here")
+def test_constraints_hold_whatever_the_requirements_bring_along() -> None:
+    def needed(requirement: Requirement, extras: str = "") -> bool:
+        return requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in extras.split(","))
+
+    pinned = {requirement.name for requirement in constrained() if needed(requirement)} | lock.direct_names()
+    left = [(name, "") for name in lock.direct_names()]
+    seen = set(left)
+    for name, extras in left:
+        try:
+            asked = [Requirement(text) for text in metadata.requires(name) or ()]
+        except metadata.PackageNotFoundError:  # of another machine
+            continue
+        for requirement in asked:
+            brought = lock.canonical(requirement.name), ",".join(sorted(requirement.extras))
+            if needed(requirement, extras) and brought not in seen and not lock.LEFT_TO_PYTORCH.fullmatch(brought[0]):
+                assert brought[0] in pinned, f"{name} brings {brought[0]}: run scripts/lock.py"
+                seen.add(brought)
+                left.append(brought)
+    assert len(seen) > 150
 
 
 def test_the_set_up_starts_on_old_pythons_to_say_that_they_are_too_old() -> None:
