@@ -82,25 +82,28 @@ def environment(s: Snapshot) -> Findings:
             "A node without its keys does not start where ROS_SECURITY_STRATEGY is Enforce, and is alone otherwise.",
             "unset ROS_SECURITY_ENABLE   # or: export ROS_SECURITY_KEYSTORE=<folder made by `ros2 security`>",
         )
-    if s.machine.environment.get("ROS_DOMAIN_ID", "").strip() and domain_of(s.machine.environment) < 0:
+    wrong_domain = not 0 <= domain_of(s.machine.environment) <= 232
+    if wrong_domain:
         yield Finding(
             "ros.domain_id",
             ERROR,
-            f"ROS_DOMAIN_ID is {s.machine.environment['ROS_DOMAIN_ID']!r}, expected a number from 0 to 101",
+            f"ROS_DOMAIN_ID is {s.machine.environment['ROS_DOMAIN_ID']!r}, expected a number from 0 to 232",
             "Nodes do not start with it.",
             "export ROS_DOMAIN_ID=0",
         )
     if s.graph is None:
-        missing = "No module named" in s.graph_fault
         rmw = s.machine.environment.get("RMW_IMPLEMENTATION")
+        fix = SOURCE
+        if s.machine.security_fault or wrong_domain:
+            fix = "surg-perception doctor   # again, after the fix above"
+        elif rmw and "import" not in s.graph_fault and "No module named" not in s.graph_fault:
+            fix = f"unset RMW_IMPLEMENTATION   # or: sudo apt install ros-$ROS_DISTRO-{rmw.replace('_', '-')}"
         yield Finding(
             "ros.environment",
             ERROR,
             f"ROS 2 cannot be used from this shell: {s.graph_fault}",
             "Nothing is known about the live graph; models and engines were looked at.",
-            "unset RMW_IMPLEMENTATION   # or install it: sudo apt install ros-$ROS_DISTRO-" + rmw.replace("_", "-")
-            if rmw and not missing
-            else SOURCE,
+            fix,
         )
     else:
         yield good("ros.environment", f"ROS domain {s.graph.domain}, {s.graph.rmw}")

@@ -146,6 +146,16 @@ FAULTS: list[tuple[str, str, Change, str, str]] = [
         "source setup.bash",
     ),
     ("ros.domain_id", ERROR, on_machine(environment={"ROS_DOMAIN_ID": "lab"}), "'lab'", "export ROS_DOMAIN_ID=0"),
+    ("ros.domain_id", ERROR, on_machine(environment={"ROS_DOMAIN_ID": "500"}), "'500'", "export ROS_DOMAIN_ID=0"),
+    (
+        "ros.environment",
+        ERROR,
+        lambda s: replace(
+            on_machine(environment={"RMW_IMPLEMENTATION": "rmw_x_cpp"})(s), graph=None, graph_fault="102"
+        ),
+        "102",
+        "unset RMW_IMPLEMENTATION",
+    ),
     ("security.keystore", ERROR, on_machine(security_fault="no keystore"), "keystore", "unset ROS_SECURITY_ENABLE"),
     ("node.missing", ERROR, NOBODY, "domain 0", "ros2 launch surg_perception pipeline.launch.py"),
     (
