@@ -670,7 +670,7 @@ class PhaseNode(PerceptionNode):
             if coming is not None:
                 status.add(key, coming.progress)
                 if coming.failure:
-                    status.mergeSummary(DiagnosticStatus.WARN, f"no {coming.name}: {coming.failure}")
+                    status.mergeSummary(DiagnosticStatus.WARN, f"not yet {coming.name}: {coming.failure}")
         status.add("temporal_head", "yes" if self._temporal is not None else "no")
         status.add("inference_faults", str(self._counts.faults))
         if self._forecast is not None:
