@@ -64,7 +64,7 @@ def ask(
 
 @contextmanager
 def counted_interrupts() -> Iterator[list[int]]:
-    """A list that grows with each Ctrl-C; from the second on they raise as usual.
+    """A list that grows with each Ctrl-C or SIGTERM; from the second on they raise KeyboardInterrupt.
 
     A KeyboardInterrupt can hit rclpy where it is lost (a callback from C++) or leaves a task half done.
     """
@@ -78,11 +78,12 @@ def counted_interrupts() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupts  # Ctrl-C never arrives there
         return
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Asking:

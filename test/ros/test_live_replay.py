@@ -274,7 +274,10 @@ def test_played_in_real_time_as_ros2_bag_play_does_the_launched_pipeline_says_ok
     assert "Traceback" not in launch.text()
 
 
-def test_ctrl_c_ends_a_replay_with_what_came_so_far(graph: Graph, tmp_path: Path, bag: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_a_replay_with_what_came_so_far(
+    graph: Graph, tmp_path: Path, bag: Path, number: signal.Signals
+) -> None:
     started(graph, state__max_age_s=3600.0)
     phases = graph.collect(SurgicalPhase, "phase/phase")
     out = tmp_path / "out"
@@ -287,7 +290,7 @@ def test_ctrl_c_ends_a_replay_with_what_came_so_far(graph: Graph, tmp_path: Path
     try:
         wait_until(lambda: any(p.frames_processed >= 1 for p in phases), 120, "the first phase")
         time.sleep(1.0)  # the player has it too
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said = process.communicate(timeout=60)[0]
     finally:
         process.kill()
