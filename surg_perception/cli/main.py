@@ -143,7 +143,10 @@ def main() -> None:
         options = parser().parse_args()
         status = options.run(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"surg-perception: {error}", file=sys.stderr)
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        # No rosdep keys: on a robot they are not there unless pip installed them.
+        fix = "; bags need two packages: pip install rosbags mcap" if missing in ("rosbags", "mcap") else ""
+        print(f"surg-perception: {error}{fix}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130

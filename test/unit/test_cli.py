@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from phantom_bags import write_phantom_bag
 
 from surg_perception.gsvit import GSViT, GSViTConfig
 from surg_perception.gsvit.checkpoint import released_name
@@ -92,3 +93,17 @@ def test_the_demo_says_what_it_needs_where_ros_is_not_sourced() -> None:
     )
     assert failed.returncode == 2
     assert "setup.bash" in failed.stdout
+
+
+@pytest.mark.parametrize("package", ["rosbags", "mcap"])
+def test_replay_says_what_to_install(package: str, tmp_path: Path) -> None:
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(
+        f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')"
+    )
+    write_phantom_bag(tmp_path / "bag", duration_s=12.0)
+    done = command(
+        "replay", str(tmp_path / "bag"), PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    )
+    assert done.returncode == 2
+    assert done.stderr.endswith("pip install rosbags mcap\n"), done.stderr
