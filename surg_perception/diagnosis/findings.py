@@ -32,6 +32,7 @@ DEFAULT_SEGMENT = 512 * 1024
 READERS = ("phase", "vqa", "overlay")
 LAUNCH = "ros2 launch surg_perception pipeline.launch.py"
 SOURCE = "source /opt/ros/$ROS_DISTRO/setup.bash && source ~/ws/install/setup.bash   # in a clone: source setup.bash"
+UNNAMED = "_NODE_NAME_UNKNOWN_"
 FUTURE_S = 0.05
 HOUR_S = 3600.0
 LOW_MEMORY, NO_MEMORY = 1 << 30, 256 << 20
@@ -137,6 +138,21 @@ def nodes_there(s: Snapshot) -> Findings:
             f"no surg_perception node found in ROS domain {g.domain}",
             "Nothing takes images and nothing publishes a phase.",
             _launch(s, image=s.image),
+        )
+
+
+def unnamed(s: Snapshot) -> Findings:
+    """Endpoints whose node's name has not come: discovery works half."""
+    topics = s.graph.topics.values() if s.graph else ()
+    found = [t.name for t in topics for e in (*t.publishers, *t.subscriptions) if UNNAMED in e.node]
+    if found:
+        yield Finding(
+            "dds.unnamed",
+            WARNING,
+            f"nodes at {_list(found)} have no name yet: who they are does not arrive",
+            "They are starting or just ended; or data between the processes is cut off: /dev/shm of another user, a "
+            "firewall, more participants than Fast DDS looks for on one machine (dozens in one domain).",
+            "surg-perception doctor   # again; if it stays: end what is left of old nodes, or another ROS_DOMAIN_ID",
         )
 
 
@@ -945,6 +961,7 @@ def memory(s: Snapshot) -> Findings:
 CHECKS = (
     environment,
     nodes_there,
+    unnamed,
     unseen,
     other_graphs,
     duplicates,

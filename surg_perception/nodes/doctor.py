@@ -127,19 +127,16 @@ class _Doctor:
         best_effort = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
         node.create_subscription(Clock, "/clock", self._take_clock, best_effort)
         node.create_subscription(DiagnosticArray, "/diagnostics", self._take_diagnostics, QoSProfile(depth=10))
-        ours = self._discover(namespace)
-        seen = {topic for one in ours for topic, _ in one.reads}
-        seen |= set(_with_compressed(image)) if image else set()
-        seen |= {t for one in ours if not one.reads and one.kind != "source" for t in _guessed(one.namespace)}
-        if not ours:
-            seen |= set(_guessed(namespace or DEFAULT_NAMESPACE))
-        cameras = [
-            _Camera(node, name, topic.image_type, self)
-            for name in sorted(seen)
-            if (topic := self._topic(name)).image_type
-        ]
-        phases = [_PhaseListener(node, one.name, best_effort) for one in ours if one.kind == "phase"]
-        self._spin_until(lambda: False, seconds)
+        for _ in range(2):  # again where something was discovered only meanwhile
+            ours = self._discover(namespace)
+            seen = self._image_topics(ours, namespace, image)
+            cameras = [_Camera(node, name, self._topic(name).image_type, self) for name in self._with_images(seen)]
+            phases = [_PhaseListener(node, one.name, best_effort) for one in ours if one.kind == "phase"]
+            self._spin_until(lambda: False, seconds)
+            images = tuple(camera.images() for camera in cameras)
+            known = {one.name for one in ours}, {one.topic for one in images}
+            if ({name for name, _ in self._ours(namespace)}, set(self._with_images(seen))) == known:
+                break
         ours_names = {one.name for one in ours}
         topics = {name: self._topic(name) for name, _ in node.get_topic_names_and_types() if name not in _NO_TOPICS}
         found = any(topic.publishers for name, topic in topics.items() if name in seen)
@@ -149,13 +146,25 @@ class _Doctor:
             names=tuple(name for name in self._names()),
             nodes=tuple(ours),
             topics=topics,
-            images=tuple(camera.images() for camera in cameras),
+            images=images,
             phases=tuple(listener.phases() for listener in phases),
             statuses=tuple(status for status in self._statuses.values() if status.node in ours_names),
             other_domains={} if ours and found else self._peek(),
             clock_publishers=len(node.get_publishers_info_by_topic("/clock")),
             clock_messages=self._clock_messages,
         )
+
+    @staticmethod
+    def _image_topics(ours: list[OurNode], namespace: str, image: str) -> set[str]:
+        """Topics to look at: what is read, what was asked for, and where a node would look that reads nothing yet."""
+        topics = {topic for one in ours for topic, _ in one.reads} | (set(_with_compressed(image)) if image else set())
+        homes = {one.namespace for one in ours if not one.reads and one.kind != "source"}
+        for home in homes if ours else {namespace or DEFAULT_NAMESPACE}:
+            topics |= set(_guessed(home))
+        return topics
+
+    def _with_images(self, topics: set[str]) -> list[str]:
+        return [name for name in sorted(topics) if self._topic(name).image_type]
 
     # Who is there -------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ from surg_perception.nodes.phase_node import PhaseNode
 
 PICTURE = np.random.default_rng(0).integers(40, 200, (240, 320, 3), np.uint8)
 SECONDS = 1.5
-_DOMAINS = itertools.count(30)
+_DOMAINS = itertools.count(60)
 
 # A camera in a process of its own: node name, topic, width, height.
 CAMERA = """

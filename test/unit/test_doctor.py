@@ -186,6 +186,13 @@ FAULTS: list[tuple[str, str, Change, str, str]] = [
     ),
     ("node.silent", ERROR, on_node(state=""), "does not answer", "kill -CONT 70002"),
     (
+        "dds.unnamed",
+        WARNING,
+        topics(read(IMAGE, RAW, replace(PUBLISHER, node="/_NODE_NAME_UNKNOWN_"))),
+        IMAGE,
+        "another ROS_DOMAIN_ID",
+    ),
+    (
         "node.unseen",
         ERROR,
         on_machine(processes=(CAMERA, replace(NODE, node="/a/phase"))),
