@@ -473,9 +473,10 @@ def transport(s: Snapshot) -> Findings:
             )
     for seen in s.graph.images:
         raw_publishers = [p for p in _topic(s, seen.topic).publishers if p.type == seen.type]
-        if seen.bytes <= DEFAULT_SEGMENT:
+        if seen.arrivals_s and seen.bytes <= DEFAULT_SEGMENT:
             continue
-        size = f"{seen.topic} ({seen.bytes / 1e6:.1f} MB an image)"
+        # Where none came, size is unknown, and being lost for it the first thing to think of.
+        size = f"{seen.topic} ({f'{seen.bytes / 1e6:.1f} MB an image' if seen.arrivals_s else 'no image came'})"
         if machine.rmem_max and machine.rmem_max < seen.bytes and any(p.here is False for p in raw_publishers):
             yield Finding(
                 "dds.receive_buffer",
@@ -495,7 +496,7 @@ def transport(s: Snapshot) -> Findings:
             if profile is None and not process.environment.get("FASTDDS_BUILTIN_TRANSPORTS"):
                 yield Finding(
                     "dds.profile_unloaded",
-                    ERROR,
+                    ERROR if seen.arrivals_s else WARNING,
                     f"{who} runs without a Fast DDS profile for large images; {size}",
                     "With the default shared-memory segment of 0.5 MB most raw images are lost without an error.",
                     f"{_export_profile(s)}   # where it is started, then restart it; or transport:=compressed",
@@ -511,7 +512,7 @@ def transport(s: Snapshot) -> Findings:
                 )
             else:
                 well += 1
-        if well and well == len(raw_publishers):
+        if well and well == len(raw_publishers) and seen.arrivals_s:
             yield good("dds.profile", f"the publisher of {size} is set up for large images")
 
 

@@ -308,6 +308,16 @@ FAULTS: list[tuple[str, str, Change, str, str]] = [
         "export FASTDDS_DEFAULT_PROFILES_FILE=/share/config/fastdds_large_images.xml",
     ),
     (
+        "dds.profile_unloaded",
+        WARNING,
+        both(
+            on_machine(processes=(replace(CAMERA, environment={}), NODE)),
+            on_images(arrivals_s=(), stamps_ns=(), ages_s=(), bytes=0),
+        ),
+        "no image came",
+        "export FASTDDS_DEFAULT_PROFILES_FILE=",
+    ),
+    (
         "dds.profile_missing",
         ERROR,
         on_machine(profiles={"/big.xml": Profile("/big.xml", fault="no such file")}),
