@@ -29,6 +29,7 @@ from surg_perception.diagnosis.snapshot import (
 OK, WARNING, ERROR = "ok", "warning", "error"
 DEFAULT_SEGMENT = 512 * 1024
 """Fast DDS's shared-memory segment where no profile says otherwise."""
+_FULL_HD_BYTES = 1920 * 1080 * 3
 READERS = ("phase", "vqa", "overlay")
 LAUNCH = "ros2 launch surg_perception pipeline.launch.py"
 SOURCE = "source /opt/ros/$ROS_DISTRO/setup.bash && source ~/ws/install/setup.bash   # in a clone: source setup.bash"
@@ -477,6 +478,7 @@ def transport(s: Snapshot) -> Findings:
             continue
         # Where none came, size is unknown, and being lost for it the first thing to think of.
         size = f"{seen.topic} ({f'{seen.bytes / 1e6:.1f} MB an image' if seen.arrivals_s else 'no image came'})"
+        image_bytes = seen.bytes if seen.arrivals_s else _FULL_HD_BYTES
         if machine.rmem_max and machine.rmem_max < seen.bytes and any(p.here is False for p in raw_publishers):
             yield Finding(
                 "dds.receive_buffer",
@@ -501,12 +503,12 @@ def transport(s: Snapshot) -> Findings:
                     "With the default shared-memory segment of 0.5 MB most raw images are lost without an error.",
                     f"{_export_profile(s)}   # where it is started, then restart it; or transport:=compressed",
                 )
-            elif profile is not None and not profile.fault and profile.segment_bytes < 2 * seen.bytes:
+            elif profile is not None and not profile.fault and profile.segment_bytes < 2 * image_bytes:
                 yield Finding(
                     "dds.segment_small",
-                    ERROR,
+                    ERROR if seen.arrivals_s else WARNING,
                     f"{who} loads {profile.path}, whose shared-memory segment of {profile.segment_bytes / 1e6:.1f} MB "
-                    f"holds no two images of {size}",
+                    f"holds no two images of {size if seen.arrivals_s else f'1920x1080; {size}'}",
                     "Images that do not fit are lost without an error.",
                     f"{_export_profile(s)}   # or a larger <segment_size>; or transport:=compressed",
                 )

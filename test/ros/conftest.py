@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import signal
 import socket
@@ -24,11 +25,17 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
 
+_DOMAINS = itertools.count()
+
 
 @pytest.fixture
 def domain() -> Iterator[int]:
-    """A ROS domain that no other test on this machine uses while this one runs."""
-    for number in range(10, 100):
+    """A ROS domain that no other test on this machine uses while this one runs, and not the one of the test before.
+
+    A node that was killed is seen for 20 s, and one that a failed test's traceback refers to until the end.
+    """
+    for _ in range(90):
+        number = 10 + next(_DOMAINS) % 90
         with socket.socket() as guard:
             try:
                 guard.bind(("127.0.0.1", 42000 + number))
@@ -136,7 +143,7 @@ def graph(domain: int) -> Iterator[Graph]:
     graph = Graph(domain)
     yield graph
     graph.close()
-    # A node that something still refers to stays in the ROS graph, and the next test may have this domain.
+    # A node that something still refers to stays in the ROS graph.
     gc.collect()
 
 

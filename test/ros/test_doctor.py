@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -42,7 +40,6 @@ from surg_perception.nodes.phase_node import PhaseNode
 
 PICTURE = np.random.default_rng(0).integers(40, 200, (240, 320, 3), np.uint8)
 SECONDS = 1.5
-_DOMAINS = itertools.count(60)
 
 # A camera in a process of its own: node name, topic, width, height.
 CAMERA = """
@@ -60,23 +57,6 @@ while True:
     publisher.publish(image)
     time.sleep(0.1)
 """
-
-
-@pytest.fixture
-def domain(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """A ROS domain of the test's own, another one for each: a node that was killed is seen for 20 s."""
-    for _ in range(90):
-        number = 10 + next(_DOMAINS) % 90
-        with socket.socket() as guard:  # as conftest does
-            try:
-                guard.bind(("127.0.0.1", 42000 + number))
-            except OSError:
-                continue
-            monkeypatch.setenv("ROS_DOMAIN_ID", str(number))
-            monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-            yield number
-            return
-    pytest.fail("no free ROS domain from 10 to 99")
 
 
 @pytest.fixture

@@ -332,6 +332,16 @@ FAULTS: list[tuple[str, str, Change, str, str]] = [
         "segment_size",
     ),
     (
+        "dds.segment_small",
+        WARNING,
+        both(
+            on_machine(profiles={"/big.xml": Profile("/big.xml", 1 << 20)}),
+            on_images(arrivals_s=(), stamps_ns=(), ages_s=(), bytes=0),
+        ),
+        "no image came",
+        "segment_size",
+    ),
+    (
         "dds.receive_buffer",
         WARNING,
         lambda s: on_graph(topics={IMAGE: read(IMAGE, RAW, replace(PUBLISHER, here=False))})(s),
