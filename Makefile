@@ -34,11 +34,12 @@ lint: setup-test ## Style, types, import rules, package.xml
 test: setup-test lint ## All checks and tests
 	@$(IN_ENVIRONMENT) ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
 
-bench: setup-test ## Timings of the models, starts, the pipeline and the answers: tables, and JSON in out/
+bench: setup-test ## Timings of models, starts, the pipeline, several cameras, answers: tables, and JSON in out/
 	@$(IN_ENVIRONMENT) python benchmarks/bench_models.py
 	@$(IN_ENVIRONMENT) python benchmarks/bench_startup.py
 	@$(IN_ENVIRONMENT) python benchmarks/bench_preprocess.py
 	@$(IN_ENVIRONMENT) python benchmarks/bench_pipeline.py
+	@$(IN_ENVIRONMENT) python benchmarks/bench_cameras.py
 	@$(IN_ENVIRONMENT) python benchmarks/bench_surgllm.py
 
 clean: ## Removes what builds and runs leave behind; keeps downloads
