@@ -244,15 +244,17 @@ class BringUp:
     def _again(self, i: int, after_s: float) -> Entity:
         return TimerAction(period=after_s, actions=[OpaqueFunction(function=self._configure, args=[i])])
 
-    def _exited(self, i: int) -> Callable[[ProcessExited, LaunchContext], None]:
-        def check(event: ProcessExited, context: LaunchContext) -> None:
+    def _exited(self, i: int) -> Callable[[ProcessExited, LaunchContext], list[Entity]]:
+        def check(event: ProcessExited, context: LaunchContext) -> list[Entity]:
             if context.is_shutdown or self.respawn:
-                return
+                return []
             ended = f"{self.nodes[i].node_name} ended with exit status {event.returncode}"
             # The pipeline is of no use without phase; without pictures to look at, or answers, it is.
             if (i == 0 or "active" not in self.state[i]) and not self.go_on:
                 raise RuntimeError(f"{ended}: its output above says why")
             get_logger("launch").error(f"{ended}; the rest goes on")
+            before, self.state[i] = self.state[i], "failed"
+            return [] if before == "active" else self._activate_next()
 
         return check
 
@@ -265,16 +267,22 @@ class BringUp:
             if not self.go_on:
                 raise RuntimeError(f"{failed}. Stopping the pipeline")
             get_logger("launch").error(f"{failed}. The rest goes on")
-            return []
+            self.state[i] = "failed"
+            return self._activate_next()
         if before not in ("configuring", "activating"):
             return []
+        return self._activate_next()
+
+    def _activate_next(self) -> list[Entity]:
+        """Activate the first node whose turn it is; one that has failed has none."""
         for j, state in enumerate(self.state):
             if state == "inactive":
                 self.state[j] = "activating"
                 return [self._change(j, Transition.TRANSITION_ACTIVATE)]
-            if state != "active":
+            if state not in ("active", "failed"):
                 return []
-        return [LogInfo(msg=f"pipeline up: {', '.join(node.node_name for node in self.nodes)} active")]
+        up = [node.node_name for node, state in zip(self.nodes, self.state, strict=True) if state == "active"]
+        return [LogInfo(msg=f"pipeline up: {', '.join(up)} active")] if up else []
 
 
 def dds_environment(cameras: int) -> list[Entity]:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from conftest import Graph, Launched, wait_until
 from rcl_interfaces.srv import GetParameters
 from surg_perception_msgs.msg import SurgicalPhase
 
+LAUNCH_FILE = Path(__file__).parents[2] / "launch" / "pipeline.launch.py"
 SMALL = ("source:=phantom", "source_width:=160", "source_height:=120", "source_rate_hz:=5", "source_duration_s:=3600")
 
 
@@ -98,6 +101,32 @@ def test_on_failure_stop_ends_the_launch(launched: Any) -> None:
     launch: Launched = launched("cameras:={left: null, broken: {model: no_such_model}}", "on_failure:=stop", *SMALL)
     assert launch.process.wait(120) == 1
     assert "broken/phase could not be configured" in launch.text()
+
+
+@pytest.mark.parametrize("how", ["configuring", "activating", "died"])
+def test_where_it_is_to_go_on_a_node_that_fails_holds_up_none_behind_it(how: str) -> None:
+    nodes = [SimpleNamespace(node_name=name) for name in ("phase", "overlay", "gate")]
+    bring_up = runpy.run_path(str(LAUNCH_FILE))["BringUp"](nodes, respawn=False, go_on=True)
+    asked: list[int] = []
+    bring_up._change = lambda i, transition: asked.append(i)
+
+    def moved(i: int, before: str, after: str) -> None:
+        event = SimpleNamespace(start_state=before, goal_state=after)
+        bring_up._moved(SimpleNamespace(locals=SimpleNamespace(event=event)), i)
+
+    moved(2, "configuring", "inactive")
+    moved(0, "configuring", "inactive")
+    moved(0, "activating", "active")
+    assert asked == [0], "the overlay's turn comes before the gate's"
+    if how == "died":
+        bring_up._exited(1)(SimpleNamespace(returncode=-9), SimpleNamespace(is_shutdown=False))
+    else:
+        if how == "activating":
+            moved(1, "configuring", "inactive")
+        moved(1, how, "unconfigured" if how == "configuring" else "inactive")
+    assert asked[-1] == 2
+    moved(2, "activating", "active")
+    assert bring_up.state == ["active", "failed", "active"]
 
 
 @pytest.mark.parametrize(
