@@ -25,7 +25,7 @@ from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image
 from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, SurgicalPhase
 
-from surg_perception.data.bags import BagImage, BagReader
+from surg_perception.data.bags import BagError, BagImage, BagReader
 from surg_perception.nodes.ask_client import counted_interrupts
 from surg_perception.nodes.dds_profile import profile_environment
 from surg_perception.nodes.lifecycle import stamp_ns
@@ -41,6 +41,7 @@ JUMP_S = 0.2
 RESEND_AFTER_S = 1.0
 RESENDS = 3
 QUIET_S = 1.5
+LEAST_WAIT_S = 0.002
 FORGOTTEN_S = 25.0
 """DDS forgets a participant that was killed after its lease, 20 s with Fast DDS."""
 IMAGE_TYPES = {"sensor_msgs/msg/Image": Image, "sensor_msgs/msg/CompressedImage": CompressedImage}
@@ -427,7 +428,7 @@ class _Player:
             self._wait(lambda: last_ns is None or last_ns in self._rms, SETTLE_S)
         except KeyboardInterrupt:
             result.ended, result.interrupted = "interrupted", True
-        except LiveReplayError as error:
+        except (LiveReplayError, BagError) as error:
             result.ended, result.failed = str(error), True
         self._count()
         result.input_sha256 = self._digest.hexdigest()
@@ -494,7 +495,8 @@ class _Player:
                 start_s = time.monotonic()
                 self._run_clock(first_ns, start_s, rate)
             due_s = start_s + (image.log_ns - first_ns) * 1e-9 / rate
-            self._wait(lambda: False, due_s - time.monotonic())
+            # Also where it is late: what comes back, /clock and Ctrl-C are seen to while it waits, and only then.
+            self._wait(lambda: False, max(LEAST_WAIT_S, due_s - time.monotonic()))
             self._result.behind_s = max(self._result.behind_s, time.monotonic() - due_s)
             if time.monotonic() - self._newest_s > self._settings.timeout_s:
                 self._seen.check_alive()

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,9 +26,10 @@ from sensor_msgs.msg import CompressedImage, Image
 from surg_perception_msgs.msg import SurgicalPhase
 
 from surg_perception.data.bag_writer import BagWriter
-from surg_perception.data.bags import BagReader
+from surg_perception.data.bags import BagError, BagReader
 from surg_perception.data.phantom import Phantom
 from surg_perception.data.ros_types import typestore
+from surg_perception.nodes import live_replay
 from surg_perception.nodes.lifecycle import stamp_ns
 from surg_perception.nodes.live_replay import LiveReplayError, LiveResult, LiveSettings, replay_live
 from surg_perception.nodes.phase_node import PhaseNode
@@ -114,6 +116,34 @@ def test_by_time_all_images_are_accounted_for_and_slow_ones_are_late(graph: Grap
     assert len(result.answered) == result.processed
     assert result.late == len(result.answered) > 0
     assert result.latency_ms(50) > 500
+
+
+def test_a_player_that_is_late_still_lets_callbacks_run_before_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    player = live_replay._Player.__new__(live_replay._Player)
+    events: list[Any] = []
+    player._bag = SimpleNamespace(images=lambda: (SimpleNamespace(log_ns=RECORDED_NS + k) for k in range(4)))
+    player._settings, player._result, player._newest_s = LiveSettings(), LiveResult(), time.monotonic()
+    player._wait = lambda condition, limit_s: events.append(limit_s)
+    for name in ("_set_clock", "_run_clock", "_wait_for_the_last"):
+        monkeypatch.setattr(player, name, lambda *_: None)
+    monkeypatch.setattr(player, "_send", lambda number, image: events.append("sent"))
+    list(player._at_rate(1e6))
+    assert events[1::2] == ["sent"] * 4
+    assert min(events[0::2]) > 0, "without time to wait nothing that comes is taken"
+
+
+def test_a_bag_that_cannot_be_read_any_further_leaves_what_came(graph: Graph, bag: Path) -> None:
+    started(graph)
+    with BagReader(bag) as reader:
+        images = reader.images
+
+        def broken() -> Any:
+            yield from islice(images(), 3)
+            raise BagError("the disk is gone")
+
+        reader.images = broken  # type: ignore[method-assign]
+        result = replay_live(reader, PATIENT)
+    assert (result.ended, result.failed, len(result.answered)) == ("the disk is gone", True, 3)
 
 
 def test_clock_goes_on_at_the_rate_and_images_come_at_their_time(graph: Graph, tmp_path: Path) -> None:
