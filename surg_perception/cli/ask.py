@@ -7,6 +7,8 @@ import argparse
 import sys
 from typing import Any
 
+from surg_perception.cli.names import namespace
+
 
 def add_parser(verbs: Any) -> None:
     """Add the verb `ask` to the command line."""
@@ -21,7 +23,9 @@ def add_parser(verbs: Any) -> None:
     entry.add_argument(
         "--window", type=float, default=0.0, metavar="SECONDS", help="how far to look back (default: the node's)"
     )
-    entry.add_argument("--namespace", default="surg_perception", help="of the node (default: %(default)s)")
+    entry.add_argument(
+        "--namespace", type=namespace, default="surg_perception", help="of the node (default: %(default)s)"
+    )
     entry.add_argument(
         "--timeout",
         type=float,

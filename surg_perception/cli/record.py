@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surg_perception.cli.names import namespace
+
 if TYPE_CHECKING:
     from surg_perception.nodes.recorder import Progress
 
@@ -69,7 +71,9 @@ def add_parser(verbs: Any) -> None:
         "2: nothing recorded.",
     )
     entry.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder of the bag")
-    entry.add_argument("--namespace", default="surg_perception", help="of the nodes (default: %(default)s)")
+    entry.add_argument(
+        "--namespace", type=namespace, default="surg_perception", help="of the nodes (default: %(default)s)"
+    )
     entry.add_argument("--image", default="", metavar="TOPIC", help="image topic (default: the one the nodes take)")
     entry.add_argument("--seconds", type=_seconds, default=0.0, metavar="S", help="end S seconds after the first image")
     entry.add_argument(

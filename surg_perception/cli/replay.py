@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surg_perception.cli import replay_live
+from surg_perception.cli.names import namespace
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +51,9 @@ def add_parser(verbs: Any) -> None:
         metavar="NAME:=VALUE",
         help="one parameter, as with --ros-args; NODE:NAME:=VALUE for one node",
     )
-    nodes.add_argument("--namespace", default="surg_perception", help="of the result's topics (default: %(default)s)")
+    nodes.add_argument(
+        "--namespace", type=namespace, default="surg_perception", help="of the result's topics (default: %(default)s)"
+    )
     entry.add_argument("--questions", type=Path, metavar="FILE", help="questions to ask at times of the bag (YAML)")
     golden = entry.add_argument_group("golden file")
     golden.add_argument("--golden", type=Path, metavar="FILE", help="what the results must be (YAML)")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from phantom_bags import write_phantom_bag
 
+from surg_perception.cli.main import parser
 from surg_perception.gsvit import GSViT, GSViTConfig
 from surg_perception.gsvit.checkpoint import released_name
 from surg_perception.models import find_model
@@ -107,3 +108,14 @@ def test_replay_says_what_to_install(package: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.endswith("pip install rosbags mcap\n"), done.stderr
+
+
+def test_a_namespace_is_one_that_ros_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = (["ask", "What?"], ["record", "--out", "bag"], ["replay", "bag"])
+    for verb in verbs:
+        for text, plain in (("/or1/ecm/", "or1/ecm"), ("surg_perception", "surg_perception"), ("", "")):
+            assert parser().parse_args([*verb, "--namespace", text]).namespace == plain
+        for text in ("or 1", "1st", "or1//ecm", "or-1"):
+            with pytest.raises(SystemExit):
+                parser().parse_args([*verb, "--namespace", text])
+            assert "is no namespace" in capsys.readouterr().err
