@@ -219,9 +219,11 @@ class PhaseGate:
         return None
 
     def _latent_fault(self, seen: SeenPhase, now_ns: int) -> tuple[TrustReason, str] | None:
-        stamp_ns, model_id = self._latent or (0, "")
-        if self._latent is None or (now_ns - stamp_ns) * 1e-9 > self.settings.max_age_s:
-            return TrustReason.NO_LATENT, f"no latent features younger than {self.settings.max_age_s:g} s"
+        settings, (stamp_ns, model_id) = self.settings, self._latent or (0, "")
+        age_s = (now_ns - stamp_ns) * 1e-9
+        # One far ahead, from before the clock went back, would be young for as long as that.
+        if self._latent is None or not -settings.max_ahead_s <= age_s <= settings.max_age_s:
+            return TrustReason.NO_LATENT, f"no latent features younger than {settings.max_age_s:g} s"
         if model_id != seen.model_id:
             return TrustReason.NO_LATENT, f"latent features of {model_id}, but the phase of {seen.model_id}"
         return None

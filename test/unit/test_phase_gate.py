@@ -165,6 +165,12 @@ def test_latents_are_no_substitute_for_a_phase_and_can_be_required() -> None:
         assert trust.reason == expected
 
 
+def test_a_latent_of_before_the_clock_went_back_is_none() -> None:
+    play = Play(latent_required=True)
+    play.gate.see_latent(play.now_ns + 60 * 10**9, "m@1")
+    assert play.stream(0.6).reason == TrustReason.NO_LATENT
+
+
 @pytest.mark.parametrize(
     ("changes", "names"),
     [({"leave_below": 0.8}, "return_above"), ({"hold_s": -1.0}, "hold_s"), ({"max_age_s": math.nan}, "max_age_s")],
