@@ -48,7 +48,7 @@ NOT_SHARED = ("latent", "answers")
 _DISCOVERY_S = 0.2
 _PROGRESS_S = 0.2
 _FLUSH_S = 1.0
-_IMAGE_QUEUE_BYTES = 256 << 20
+_IMAGE_QUEUE_BYTES, _OTHER_QUEUE_BYTES = 256 << 20, 256 << 20
 _QUEUE_MESSAGES = 20_000
 _IMAGE_DEPTH, _DEPTH = 10, 100
 
@@ -237,7 +237,8 @@ class _Sink:
         self._first_s: float | None = None
         self._last_s = 0.0
         self._queue: deque[tuple[str, str, int, bytes] | tuple[str, str, Sequence[Qos]]] = deque()
-        self._queued_image_bytes = 0
+        self._queued_bytes = [0, 0]
+        """Of images [1] and of all else [0], so that neither takes the other's room."""
         self._changed = threading.Condition()
         self._closed = False
         self._check_disk(options.folder.expanduser().absolute())
@@ -267,12 +268,12 @@ class _Sink:
         with self._changed:
             if self._closed or self.fault or self.full:
                 return
-            crowded = self._queued_image_bytes + len(raw) > _IMAGE_QUEUE_BYTES and self._queued_image_bytes > 0
-            if (image and crowded) or len(self._queue) >= _QUEUE_MESSAGES:
+            waiting, limit = self._queued_bytes[image], _IMAGE_QUEUE_BYTES if image else _OTHER_QUEUE_BYTES
+            if (waiting and waiting + len(raw) > limit) or len(self._queue) >= _QUEUE_MESSAGES:
                 self.dropped += 1
                 return
             self._queue.append((topic, msgtype, log_ns, raw))
-            self._queued_image_bytes += len(raw) if image else 0
+            self._queued_bytes[image] += len(raw)
             if self._first_s is None and (image or "image" not in self._options.topics):
                 self._first_s = time.monotonic()
             self._changed.notify()
@@ -317,8 +318,8 @@ class _Sink:
             if not self._queue:
                 return None if self._closed else ()
             item = self._queue.popleft()
-            if len(item) == 4 and item[1] in IMAGE_TYPES:
-                self._queued_image_bytes -= len(item[3])
+            if len(item) == 4:
+                self._queued_bytes[item[1] in IMAGE_TYPES] -= len(item[3])
             return item
 
     def _write(self, item: tuple[Any, ...]) -> None:

@@ -202,6 +202,24 @@ def test_images_that_come_too_fast_are_dropped_and_counted_and_phases_are_not(
     assert len(ids) > result.images
 
 
+def test_large_messages_that_are_no_images_do_not_fill_memory_and_leave_room_for_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "_OTHER_QUEUE_BYTES", 1000)
+    go_on = threading.Event()
+    monkeypatch.setattr(recorder.PrivateMessages, "__call__", lambda *_: go_on.wait(LONG_S) and None)
+    sink = recorder._Sink(options(tmp_path / "bag"))
+    for _ in range(6):
+        sink.take("/cloud", "sensor_msgs/msg/PointCloud2", bytes(600))
+    assert sink.dropped in (4, 5), "one waits, and one may be with the writer"
+    before = sink.dropped
+    sink.take("/image", "sensor_msgs/msg/Image", bytes(600))
+    assert sink.dropped == before
+    go_on.set()
+    sink.close()
+    assert sink._queued_bytes == [0, 0]
+
+
 def test_it_ends_before_the_disk_is_full_and_leaves_a_whole_bag(
     graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
