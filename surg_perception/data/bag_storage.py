@@ -416,7 +416,8 @@ class McapFile(StorageFile):
         if not start:
             return [], True
         file.seek(min(start, footer_start))
-        summary = file.read(footer_start - file.tell())
+        length = footer_start - file.tell()
+        summary = file.read(length) if length <= MAX_CHUNK_BYTES else b""
         if not summary or (checksum and zlib.crc32(summary + footer[:25]) != checksum):
             text = f"{self.path.name}: its index is damaged, and was not used"
             self._problems.add("damaged_index", text, (self.path.name, 0))
@@ -542,6 +543,7 @@ def _unpack_chunk(record: bytes, last: bool) -> tuple[bytes | memoryview, bool]:
 
 
 _MAX_LOST_ROWS = 20_000
+_JOURNAL_MAGIC = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"
 
 
 class SqliteFile(StorageFile):
@@ -587,9 +589,9 @@ class SqliteFile(StorageFile):
             self._damaged(0, str(error))
             found = [(topic_id, 1, log_ns, log_ns) for log_ns, _, topic_id in self._salvaged()]
         for topic_id, number, first_ns, last_ns in found:
-            if topic_id in self._topics and isinstance(first_ns, int) and isinstance(last_ns, int):
+            if topic_id in self._topics and isinstance(first_ns, int) and _is_time(last_ns):
                 self.counts[self._topics[topic_id]] += number
-                self._span(first_ns, last_ns)
+                self._span(max(0, first_ns), last_ns)
             else:
                 text = f"messages of no known topic, first in {self.path.name} of topic {topic_id}"
                 self._problems.add("unknown_topic", text, (self.path.name, hash(topic_id)))
@@ -601,7 +603,7 @@ class SqliteFile(StorageFile):
         last = (-(1 << 63), 0, 0)
         try:
             for row in self._connection().execute(query, topic_ids):
-                if isinstance(row[0], int):
+                if _is_time(row[0]):
                     yield row
                     last = row
                 else:
@@ -620,7 +622,7 @@ class SqliteFile(StorageFile):
                 found = connection.execute(query, (row,)).fetchone()
             except sqlite3.Error:
                 continue
-            if found is not None and isinstance(found[0], int):
+            if found is not None and _is_time(found[0]):
                 last_good = row
                 yield found
 
@@ -637,13 +639,34 @@ class SqliteFile(StorageFile):
                 )
                 self._problems.add("unfinished", text, (path.name, 0))
                 path, options = self._workspace.copied(path, journals), "mode=rw"
+                _forget_super_journal(path.with_name(f"{path.name}-journal"))
             self._size = path.stat().st_size
             self._handle = sqlite3.connect(f"{path.resolve().as_uri()}?{options}", uri=True, check_same_thread=False)
             # Else a database that was cut would not be opened at all.
             self._handle.execute("PRAGMA writable_schema = ON")
+            self._handle.set_authorizer(_plain_tables_only)
             self._handle.text_factory = partial(str, encoding="utf-8", errors="replace")
         handle: sqlite3.Connection = self._handle
         return handle
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def _plain_tables_only(action: int, _first: object, _second: object, _database: object, inside: object) -> int:
+    """SQLite's authorizer: tables named topics and messages may be views, made to compute without end."""
+    return sqlite3.SQLITE_DENY if inside or action == sqlite3.SQLITE_RECURSIVE else sqlite3.SQLITE_OK
+
+
+def _forget_super_journal(journal: Path) -> None:
+    """Of a journal's copy. SQLite would delete the file that a journal names as the one of several databases."""
+    if journal.exists() and journal.stat().st_size >= len(_JOURNAL_MAGIC):
+        with journal.open("r+b") as file:
+            file.seek(-len(_JOURNAL_MAGIC), os.SEEK_END)
+            if file.read() == _JOURNAL_MAGIC:
+                file.seek(-len(_JOURNAL_MAGIC), os.SEEK_END)
+                file.write(bytes(len(_JOURNAL_MAGIC)))
 
 
 # --- ROS 1 ---

@@ -40,6 +40,7 @@ __all__ = ["IMAGE_TYPES", "BagError", "BagImage", "BagProblem", "BagReader", "To
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 
 _METADATA = "metadata.yaml"
+_MOST_METADATA_BYTES, _MOST_METADATA_DEPTH = 16 << 20, 50
 _SUFFIXES = (".mcap", ".db3", ".bag")
 _PACKED_SUFFIXES = (".zstd", ".zst")
 _ENCODINGS = ("cdr", "ros1")
@@ -232,8 +233,7 @@ class BagReader:
     def _read_metadata(self) -> tuple[list[str], dict[str, int]]:
         file = self.path / _METADATA
         try:
-            content = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            bag = content["rosbag2_bagfile_information"]
+            bag = _metadata(file)["rosbag2_bagfile_information"]
             names = [PurePath(name).name for name in bag["relative_file_paths"]]
             topics = [
                 (topic["topic_metadata"]["name"], int(topic["message_count"]))
@@ -362,6 +362,17 @@ def _cdr(raw: bytes, channel: Channel) -> bytes:
     if raw.startswith(ZSTD_MAGIC):
         raw = unzstd_message(raw)
     return raw if channel.encoding == "cdr" else bytes(typestore().ros1_to_cdr(raw, channel.msgtype))
+
+
+def _metadata(file: Path) -> Any:
+    if file.exists() and not (file.is_file() and file.stat().st_size <= _MOST_METADATA_BYTES):
+        raise ValueError(f"no file of at most {_MOST_METADATA_BYTES >> 20} MB")
+    text, loader, depth = file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
+    for event in yaml.parse(text, Loader=loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_METADATA_DEPTH:  # load() of the C library would overrun the stack
+            raise ValueError("it is nested too deeply")
+    return yaml.load(text, Loader=loader)
 
 
 def _is_storage(file: Path) -> bool:

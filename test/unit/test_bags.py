@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import sqlite3
+import struct
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -679,6 +681,71 @@ def test_database_whose_recorder_was_killed_within_a_transaction(tmp_path):
     assert numbers(images) == list(range(10))
     assert "unfinished" in problems
     assert snapshot(folder) == before
+
+
+def test_a_journal_cannot_have_another_file_deleted(tmp_path):
+    connection = bag_files.write_database(tmp_path / "live.db3", image_messages(FRAMES))
+    connection.execute("PRAGMA cache_size = 1")
+    connection.execute("UPDATE messages SET data = zeroblob(2000)")
+    folder = tmp_path / "bag"
+    folder.mkdir()
+    for suffix in ("", "-journal"):
+        shutil.copy(tmp_path / f"live.db3{suffix}", folder / f"bag_0.db3{suffix}")
+    connection.rollback()
+    connection.close()
+    victim = tmp_path / "thesis.tex"
+    victim.write_text("all of it")
+    # How SQLite names the super-journal of several databases, which it deletes once their journals are gone.
+    name = str(victim).encode()
+    with (folder / "bag_0.db3-journal").open("ab") as journal:
+        journal.write(struct.pack(">I", (1 << 30) // 4096 + 1) + name + struct.pack(">II", len(name), sum(name)))
+        journal.write(bytes.fromhex("d9d505f920a163d7"))
+    assert numbers(read(folder)[0]) == list(range(10))
+    assert victim.exists()
+
+
+def test_a_database_that_computes_its_messages_is_refused(tmp_path):
+    path = tmp_path / "a.db3"
+    connection = bag_files.write_database(path, image_messages(FRAMES))
+    connection.executescript(
+        "DROP TABLE messages; CREATE VIEW messages AS WITH RECURSIVE n(id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n)"
+        "SELECT id, 1 AS topic_id, id AS timestamp, x'00' AS data FROM n"
+    )
+    connection.close()
+    assert "is no rosbag2 database" in fails(path)
+
+
+def test_rows_with_a_time_before_1970_are_left_out(tmp_path):
+    connection = bag_files.write_database(tmp_path / "a.db3", image_messages(FRAMES))
+    connection.execute("UPDATE messages SET timestamp = -1 WHERE id = 3")
+    connection.commit()
+    connection.close()
+    images, problems = read(tmp_path / "a.db3")
+    assert numbers(images) == [0, 1, *range(3, 10)]
+    assert "message 3 has no time" in problems["damaged"].text
+
+
+def test_metadata_that_is_no_file_or_endless_is_told_and_not_waited_for(tmp_path):
+    bag_files.write_database(tmp_path / "a.db3", image_messages(FRAMES)).close()
+    os.mkfifo(tmp_path / "metadata.yaml")
+    images, problems = read(tmp_path)
+    assert len(images) == 10
+    assert "is not readable" in problems["metadata"].text
+    (tmp_path / "metadata.yaml").unlink()
+    for content in (b"[" * 100_000, b"{a: " * 100_000):
+        (tmp_path / "metadata.yaml").write_bytes(content)
+        assert "is not readable" in read(tmp_path)[1]["metadata"].text
+
+
+def test_an_index_longer_than_any_chunk_is_not_loaded(tmp_path, monkeypatch):
+    path = bag_files.write_mcap(tmp_path / "a.mcap", image_messages(FRAMES))
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<QQI", data, len(data) - 28, 8, 0, 0)
+    path.write_bytes(data)
+    monkeypatch.setattr(bag_storage, "MAX_CHUNK_BYTES", len(data) - 100)
+    images, problems = read(path)
+    assert numbers(images) == list(range(10))
+    assert "damaged_index" in problems
 
 
 def test_damaged_pages_of_a_database_cost_their_messages_only(tmp_path):
