@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     with BagReader(options.bag, options.topic) as reader:
-        prepare(options.out, options.force)
+        prepare(options.out, options.bag, options.force)
         try:
             if options.launch is None:
                 result = _play(reader, settings, tell, console)

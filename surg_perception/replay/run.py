@@ -98,7 +98,7 @@ def run_replay(
                 say("loading the model for questions")
                 assistant = _assistant(vqa_values)
                 asked, vqa_model_id = QuestionReplay(plan, assistant, vqa_values), assistant.model_id
-            prepare(out, force)
+            prepare(out, bag, force)
             say("")
             replayed = replay(
                 reader,
@@ -200,11 +200,11 @@ def expected_of(golden: Path | None, update: bool = False) -> Golden | None:
     raise ValueError(f"there is no golden file {golden}: write it with --update, look at it, and keep it with the test")
 
 
-def prepare(out: Path, force: bool = False) -> None:
+def prepare(out: Path, bag: Path, force: bool = False) -> None:
     """Make the folder for the results, without those of a former replay in it.
 
     Raises:
-        ValueError: there is something in it, and force does not allow to replace it.
+        ValueError: there is something in it, and force does not allow to replace it; or that is the bag itself.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, expected a folder for the results")
@@ -213,8 +213,13 @@ def prepare(out: Path, force: bool = False) -> None:
         raise ValueError(
             f"{out} is not empty ({', '.join(there[:3])}): name another --out, or --force to replace results"
         )
-    for name in set(there) & set(RESULTS):
-        _remove(out / name)
+    input_bag = bag.expanduser().resolve()
+    results = [out / name for name in RESULTS if name in there]
+    for result in results:
+        if result.resolve() in (input_bag, *input_bag.parents):
+            raise ValueError(f"{result} is the bag to be replayed, and would be replaced: name another --out")
+    for result in results:
+        _remove(result)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 

@@ -139,6 +139,15 @@ def test_a_former_replay_is_replaced_only_when_asked_and_nothing_else_is(bag: Pa
     assert (out / "bag" / "thesis.txt").exists()
 
 
+def test_the_bag_that_is_replayed_is_never_replaced(tmp_path: Path) -> None:
+    for bag in (tmp_path / "bag", tmp_path / "bag" / "bag_0.mcap"):
+        if not bag.exists():
+            write_phantom_bag(tmp_path / "bag", duration_s=1.0)
+        with pytest.raises(ValueError, match=r"is the bag to be replayed"):
+            run_replay(bag, tmp_path, model=MODEL, force=True)
+        assert (tmp_path / "bag" / "bag_0.mcap").stat().st_size
+
+
 def test_a_bag_without_a_usable_image_is_an_error(tmp_path: Path) -> None:
     broken = write_phantom_bag(tmp_path / "bag", duration_s=2.0, instead=dict.fromkeys(range(10), b"no jpeg"))
     with pytest.raises(ValueError, match=r"none of the 10 images of .* can be used: "):
