@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,9 @@ class SharedMessages:
     """Messages for others: images go through `Deidentifier`, other messages lose what could name anybody.
 
     Topics get names of their own, frame_id is "endoscope", times are shifted so that the recording begins with the
-    year 2000, model cards and error texts are emptied. Types of which it is not known what they hold are refused; so
-    are latent features, from which the whole picture can be guessed, blanked parts too.
+    year 2000 (stamps of another clock too; a latency that tells how far two clocks are apart becomes 0), what model
+    cards and error texts say is emptied. Types of which it is not known what they hold are refused; so are latent
+    features, from which the whole picture can be guessed, blanked parts too.
 
     Args:
         names: topic in the bag for each live topic.
@@ -96,7 +98,8 @@ class SharedMessages:
         self._rectangles = tuple(rectangles)
         self._shift_times = shift_times
         self._log_shift_ns: int | None = None
-        self._stamp_shift_ns: int | None = None
+        # Of each clock of stamps: how far it was ahead of the log when first seen, and its shift.
+        self._clocks: list[tuple[int, int]] = []
         self._cameras: dict[str, Deidentifier] = {}
 
     @property
@@ -130,7 +133,8 @@ class SharedMessages:
         if self._log_shift_ns is None:
             self._log_shift_ns = EPOCH_NS - log_ns if self._shift_times else 0
         if hasattr(message, "header"):
-            self._clean_header(message.header, log_ns)
+            message.header.frame_id = FRAME_ID
+            self._shift(message.header.stamp, log_ns)
         shifted_ns = log_ns + self._log_shift_ns
         if msgtype in IMAGE_TYPES:
             picture = _decoded(message, self.unreadable)
@@ -139,23 +143,26 @@ class SharedMessages:
             camera = self._cameras.setdefault(topic, Deidentifier(self._rectangles))
             picture, _ = camera(picture, log_ns * 1e-9)
             return Recorded(name, kept_type, shifted_ns, _jpeg_message(picture, message.header, self._quality))
-        _CLEANERS[msgtype](message, self._shift)
+        _CLEANERS[msgtype](message, partial(self._shift, log_ns=log_ns))
+        if self._shift_times and abs(getattr(message, "latency_ms", 0.0)) * 1e6 >= _SAME_CLOCK_NS:
+            message.latency_ms = 0.0  # of a camera without a clock, or with one of its own: it tells the true time
         return Recorded(name, kept_type, shifted_ns, bytes(typestore().serialize_cdr(message, msgtype)))
 
-    def _clean_header(self, header: Any, log_ns: int) -> None:
-        header.frame_id = FRAME_ID
-        stamp_ns = _nanoseconds(header.stamp)
-        if self._stamp_shift_ns is None and stamp_ns:
-            assert self._log_shift_ns is not None
-            same_clock = abs(stamp_ns - log_ns) < _SAME_CLOCK_NS or not self._shift_times
-            self._stamp_shift_ns = self._log_shift_ns if same_clock else EPOCH_NS - stamp_ns
-        self._shift(header.stamp)
-
-    def _shift(self, stamp: Any) -> None:
-        """Shift a time of the cameras' clock; zero, which means none, stays."""
+    def _shift(self, stamp: Any, log_ns: int) -> None:
+        """Shift a stamp of any clock, in a message received at log_ns; zero, which means none, stays."""
         stamp_ns = _nanoseconds(stamp)
-        if stamp_ns and self._stamp_shift_ns is not None:
-            stamp.sec, stamp.nanosec = divmod(max(0, stamp_ns + self._stamp_shift_ns), 10**9)
+        if stamp_ns and self._shift_times:
+            stamp.sec, stamp.nanosec = divmod(max(0, stamp_ns + self._shift_of(stamp_ns, log_ns)), 10**9)
+
+    def _shift_of(self, stamp_ns: int, log_ns: int) -> int:
+        assert self._log_shift_ns is not None
+        ahead_ns = stamp_ns - log_ns
+        clocks = [(0, self._log_shift_ns), *self._clocks]
+        nearest_ns, shift_ns = min(clocks, key=lambda clock: abs(clock[0] - ahead_ns))
+        if abs(nearest_ns - ahead_ns) < _SAME_CLOCK_NS:
+            return shift_ns
+        self._clocks.append((ahead_ns, self._log_shift_ns - ahead_ns))
+        return self._log_shift_ns - ahead_ns
 
 
 def _nothing_more(message: Any, shift: Callable[[Any], None]) -> None:
@@ -163,7 +170,7 @@ def _nothing_more(message: Any, shift: Callable[[Any], None]) -> None:
 
 
 def _clean_labels(message: Any, shift: Callable[[Any], None]) -> None:
-    message.card = ""  # a model's card can name hospitals, people and folders
+    message.card = message.licence = message.intended_use = ""  # a model's card can name hospitals, people and folders
 
 
 def _clean_novelty(message: Any, shift: Callable[[Any], None]) -> None:

@@ -239,9 +239,11 @@ def test_other_shared_messages_lose_cards_errors_and_times_and_keep_the_rest():
     assert stamp_ns(back.header.stamp) == EPOCH_NS == out.log_ns
 
     labels = made(f"{OURS}/PhaseLabels", labels=["a", "b"], card="trained at St Mary's by Dr. A.")
+    labels.licence, labels.intended_use = "as agreed with St Mary's", "in St Mary's"
     out = share("/or_3/labels", f"{OURS}/PhaseLabels", START + 1, raw(labels))
     back = typestore().deserialize_cdr(out.raw, out.msgtype)
     assert (back.labels, back.card) == (["a", "b"], "")
+    assert b"Mary" not in out.raw
 
     made_of = header(START - 3 * S).stamp
     news = made(f"{OURS}/Novelty", header=header(START), predicted_from=made_of, score=2.5)
@@ -256,6 +258,26 @@ def test_other_shared_messages_lose_cards_errors_and_times_and_keep_the_rest():
     back = typestore().deserialize_cdr(out.raw, out.msgtype)
     assert back.question == "What?"
     assert stamp_ns(back.first_stamp) == 0, "no time stays no time"
+
+
+def test_clocks_beside_each_other_are_shifted_each_and_no_latency_tells_the_true_time():
+    share, kind = SharedMessages(NAMES), f"{OURS}/SurgicalPhase"
+
+    def shared(stamp: int, log_ns: int, latency_ms: float) -> Any:
+        message = made(kind, header=header(stamp), latency_ms=latency_ms)
+        return typestore().deserialize_cdr(share("/or_3/phase", kind, log_ns, raw(message)).raw, kind)
+
+    uptime = 1000 * S
+    for k in range(3):
+        back = shared(uptime + k * S, START + k * S, (START - uptime) * 1e-6)
+        assert (stamp_ns(back.header.stamp), back.latency_ms) == (EPOCH_NS + k * S, 0.0)
+        back = shared(START + k * S - S, START + k * S, 1000.0)
+        assert (stamp_ns(back.header.stamp), back.latency_ms) == (EPOCH_NS + k * S - S, 1000.0)
+        back = shared(0, START + k * S, START * 1e-6)
+        assert (stamp_ns(back.header.stamp), back.latency_ms) == (0, 0.0)
+    news = made(f"{OURS}/Novelty", header=header(0), predicted_from=header(START - S).stamp)
+    out = SharedMessages(NAMES)("/or_3/novelty", news.__msgtype__, START, raw(news))
+    assert stamp_ns(typestore().deserialize_cdr(out.raw, out.msgtype).predicted_from) == EPOCH_NS - S
 
 
 def test_a_camera_clock_of_its_own_begins_with_the_year_2000_too_and_times_can_be_kept():
