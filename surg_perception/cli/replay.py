@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     from surg_perception.runtime.backend import BackendUnavailable
 
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = not console.is_terminal
     with _Interrupts() as interrupts, Progress(*columns, console=console, transient=True, disable=quiet) as bars:
         bar = bars.add_task("", total=None)
@@ -142,17 +142,21 @@ def show(outcome: Outcome, options: argparse.Namespace, console: Console) -> Non
 
     replayed = outcome.replayed
     counts, times_s = replayed.counts, replayed.times_s
-    table = Table(show_header=False)
-    table.add_row("images", f"{counts['images']} of {replayed.topic}, {times_s[-1] if times_s else 0.0:.1f} s")
-    table.add_row("model", f"{replayed.model_id} on {replayed.backend}")
+    rows = {
+        "images": f"{counts['images']} of {replayed.topic}, {times_s[-1] if times_s else 0.0:.1f} s",
+        "model": f"{replayed.model_id} on {replayed.backend}",
+    }
     states = Counter(frame.state for frame in replayed.frames)
-    table.add_row("states", ", ".join(f"{state} {count}" for state, count in states.most_common()))
+    rows["states"] = ", ".join(f"{state} {count}" for state, count in states.most_common())
     phases = Counter(frame.phase for frame in replayed.frames if frame.phase)
-    table.add_row("phases", ", ".join(f"{name} {100 * n / counts['images']:.0f} %" for name, n in phases.most_common()))
+    rows["phases"] = ", ".join(f"{name} {100 * n / counts['images']:.0f} %" for name, n in phases.most_common())
     if replayed.answers:
         errors = Counter(answer.error for answer in replayed.answers)
         answered = errors.pop("NONE", 0)
-        table.add_row("answers", ", ".join([str(answered), *(f"{name} {n}" for name, n in sorted(errors.items()))]))
+        rows["answers"] = ", ".join([str(answered), *(f"{name} {n}" for name, n in sorted(errors.items()))])
+    table = Table(show_header=False)
+    for name, row in rows.items():
+        table.add_row(name, Text(row))  # not markup, as "/camera[/left]" would be
     console.print(table)
     for answer in replayed.answers:
         said = answer.answer if answer.error == "NONE" else f"{answer.error}: {answer.error_message}"
@@ -168,7 +172,8 @@ def show(outcome: Outcome, options: argparse.Namespace, console: Console) -> Non
         for difference in found.differences[:_SHOWN]:
             console.print(Text(f"  {difference}"), soft_wrap=True)
         if len(found.differences) > _SHOWN:
-            console.print(f"  and {len(found.differences) - _SHOWN} more, in {outcome.out / 'differences.txt'}")
+            more = f"  and {len(found.differences) - _SHOWN} more, in {outcome.out / 'differences.txt'}"
+            console.print(more, markup=False, highlight=False)
     if outcome.updated:
         console.print(f"wrote {options.golden}", markup=False, highlight=False)
     if replayed.interrupted:

@@ -39,7 +39,7 @@ class Tolerances:
         boundary_s: a change of phase or state may come so much earlier or later; 0: every image must be the same.
         score: absolute, of mean confidence and mean probabilities of a stretch.
         latent: relative, of the mean root mean square of the latent of a stretch.
-        answer: "exact", "words" (case, punctuation and spaces do not count) or "off" (only the error code counts).
+        answer: "exact", "words" (case, punctuation and spaces do not count) or "off" (the text does not count).
         answer_confidence: absolute.
     """
 
@@ -181,7 +181,7 @@ class Golden:
             if not isinstance(content, Mapping) or content.get("format") != FORMAT:
                 found = content.get("format") if isinstance(content, Mapping) else content
                 raise GoldenError(
-                    f"{path} is no golden file of format {FORMAT} (format {str(found)[:40]!r} found); {_ANEW}"
+                    f"{path} is no golden file of format {FORMAT} (format {str(found)[:40]!r} found); {_REPLACE}"
                 )
             return cls(
                 input=dict(content["input"]),
@@ -200,7 +200,7 @@ class Golden:
         except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise GoldenError(
-                f"{path} cannot be read as a golden file ({type(error).__name__}: {reason}); {_ANEW}"
+                f"{path} cannot be read as a golden file ({type(error).__name__}: {reason}); {_REPLACE}"
             ) from error
 
     def compare(self, replayed: Replayed) -> Comparison:
@@ -241,7 +241,7 @@ class Golden:
             return
         columns = ["confidence", "latent RMS", *(f"probability of {name}" for name in self.labels)]
         for ours, theirs in zip_longest(new.scores, self.scores, fillvalue=[0.0]):
-            at_s, worst = float((ours or theirs)[0] or 0.0), None
+            at_s, worst = float((ours if len(ours) > 1 else theirs)[0] or 0.0), None
             for name, now, was in zip_longest(columns, ours[1:], theirs[1:]):
                 if now is None and was is None:
                     continue
@@ -250,6 +250,7 @@ class Golden:
                 else:
                     allowed = self.tolerances.latent * abs(was) if name == "latent RMS" else self.tolerances.score
                     over = abs(now - was) - allowed - 1e-9
+                    over = math.inf if math.isnan(over) else over
                     text = f"{name} {now:.3f}, golden {was:.3f} (tolerance {allowed:.3g})"
                 if over > 0 and (worst is None or over > worst[0]):
                     worst = (over, text)
@@ -263,6 +264,7 @@ class Golden:
                 yield Difference("answer", _at(one), _at(one), f"{one.get('ask')!r} {what}")
                 continue
             at_s, where = _at(ours), repr(ours["ask"])
+            was = theirs["confidence"] if isinstance(theirs.get("confidence"), (int, float)) else None
             if (ours["ask"], at_s) != (theirs.get("ask"), _at(theirs)):
                 text = f"{where} was asked, in the golden file {theirs.get('ask')!r} at {_at(theirs):.2f} s"
             elif ours["error"] != theirs.get("error"):
@@ -271,11 +273,8 @@ class Golden:
                 text = f"{where}: task {ours['task']}, golden {theirs.get('task')}"
             elif not self._same_answer(ours["answer"], str(theirs.get("answer"))):
                 text = f"{where}: {ours['answer']!r}, golden {theirs.get('answer')!r}"
-            elif (
-                abs(ours["confidence"] - float(theirs.get("confidence", 0.0)))
-                > self.tolerances.answer_confidence + 1e-9
-            ):
-                text = f"{where}: confidence {ours['confidence']:.3f}, golden {theirs.get('confidence'):.3f}"
+            elif was is None or not abs(ours["confidence"] - was) <= self.tolerances.answer_confidence + 1e-9:
+                text = f"{where}: confidence {ours['confidence']:.3f}, golden {_number(was)}"
             else:
                 continue
             yield Difference("answer", at_s, at_s, text)
@@ -286,6 +285,7 @@ class Golden:
 
 
 _ANEW = "write it anew with --update"
+_REPLACE = f"remove it and {_ANEW}"
 
 
 def plot(path: Path, replayed: Replayed, golden: Golden | None = None, comparison: Comparison | None = None) -> None:

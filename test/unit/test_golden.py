@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import argparse
+import io
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +14,12 @@ from typing import Any
 import cv2
 import pytest
 import yaml
+from rich.console import Console
 
+from surg_perception.cli.replay import show
 from surg_perception.replay.golden import Golden, GoldenError, Tolerances, plot
 from surg_perception.replay.questions import AnsweredQuestion
-from surg_perception.replay.run import conclude, expected_of
+from surg_perception.replay.run import Outcome, conclude, expected_of
 from surg_perception.replay.session import Frame, Replayed
 
 LABELS = ("Preparation", "Dissection", "Cleaning")
@@ -183,6 +188,20 @@ def test_codes_tasks_and_missing_questions_are_told(golden: Golden) -> None:
     assert "is not in the golden file" in told(golden, twice)[0]
 
 
+def test_what_is_no_number_is_a_difference(golden: Golden) -> None:
+    golden.scores[0][1] = math.nan
+    golden.answers[0]["confidence"] = None
+    score, answer = told(golden, replayed())
+    assert "confidence 0.900, golden nan" in score
+    assert "confidence 0.800, golden none" in answer
+
+
+def test_a_file_that_cannot_be_read_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "notes.yaml").write_text("mine")
+    with pytest.raises(GoldenError, match="remove it and write it anew with --update"):
+        expected_of(tmp_path / "notes.yaml", update=True)
+
+
 def test_a_live_replay_asks_nothing_and_that_is_a_note(golden: Golden) -> None:
     comparison = golden.compare(replayed(answers=[], vqa_model_id="", asks=False))
     assert not comparison.differences
@@ -249,3 +268,10 @@ def test_the_picture_marks_what_differs(golden: Golden, tmp_path: Path) -> None:
         red[name] = int((abs(picture.astype(int) - (46, 34, 207)).max(axis=2) < 8).sum())
     assert red["same"] == 0
     assert red["other"] > 1000
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
+    found, console = replayed(topic="/camera[/left]", model_id="m[bold]@1"), Console(file=io.StringIO(), width=200)
+    show(Outcome(tmp_path, found, None, updated=False, notes=[]), argparse.Namespace(), console)
+    assert "/camera[/left]" in console.file.getvalue()
+    assert "m[bold]@1" in console.file.getvalue()
