@@ -450,11 +450,11 @@ class PhaseNode(PerceptionNode):
 
     def _replace_model(self, loaded: LoadedModel, path: str) -> str:
         """Let another model run from the next image on; returns what to say about it. Nothing slow in here."""
-        old = LoadedModel(self._card, self._backend, self._temporal, self._forecast_backend, self._labels)
         if self._forecast is not None:
             self._forecast.stop(wait=False)
             self._forecast = None
-        with self._model:
+        with self._model:  # the worker may be replacing the backend
+            old = LoadedModel(self._card, self._backend, self._temporal, self._forecast_backend, self._labels)
             self._take_over(loaded)
             self._pipeline = self._new_pipeline()
             self._consecutive_faults, self._fault = 0, ""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -284,6 +285,31 @@ def test_deactivation_and_cleanup_while_loading(graph: Graph, picture: np.ndarra
         assert theatre.node._card.name == "old"
         seen = theatre.node._counts.processed
         wait_until(lambda: theatre.node._counts.processed > seen + 2, 10, "phases again")
+
+
+def test_a_backend_that_the_worker_has_just_replaced_is_the_one_that_is_closed() -> None:
+    """The worker, which holds the model, falls back to another backend while the new model waits for it."""
+    closed: list[str] = []
+    first, fallen_back, new = (SimpleNamespace(name=n, close=lambda n=n: closed.append(n)) for n in "abc")
+    card = SimpleNamespace(model_id="m@1")
+    node = SimpleNamespace(_card=card, _backend=first, _temporal=None, _forecast_backend=None, _labels=None)
+    node._forecast = None
+
+    class Held:
+        def __enter__(self) -> None:
+            node._backend = fallen_back
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    node._model = Held()
+    node._take_over = lambda loaded: setattr(node, "_backend", loaded.backend)
+    for name in ("_new_pipeline", "_publish_labels", "_start_forecast", "_start_engine", "_await_server"):
+        setattr(node, name, lambda: None)
+    node.correct_parameter, node.get_logger = lambda *_: None, lambda: SimpleNamespace(info=lambda text: None)
+    PhaseNode._replace_model(node, SimpleNamespace(card=card, backend=new), "m")
+    wait_until(lambda: closed, 30, "the old backend's end")
+    assert (closed, node._backend) == (["b"], new)
 
 
 def test_the_forecast_follows_the_model(graph: Graph, picture: np.ndarray, models: Path) -> None:
