@@ -477,11 +477,12 @@ def _check(backend: Backend, standby: bool) -> None:
     if problems:
         raise BackendUnavailable(f"gives wrong outputs on sample frames: {'; '.join(problems)}")
     agreement, reference = _agreement_with_kept(backend, outputs), "fp32 at an earlier start"
+    advice = f"; if that start was at fault, remove the folder surg_perception/{backend.kind} in the user's cache"
     if agreement is None:
-        agreement, reference = _agreement_with_fp32(backend, outputs, standby)
+        (agreement, reference), advice = _agreement_with_fp32(backend, outputs, standby), ""
     if not agreement.holds:
         refused = PrecisionRefused if backend.precision != "fp32" else BackendUnavailable
-        raise refused(f"disagrees with {reference} on {len(outputs[0])} sample frames: {agreement}")
+        raise refused(f"disagrees with {reference} on {len(outputs[0])} sample frames: {agreement}{advice}")
     backend.notes.append(f"{backend.name}: agrees with {reference} on {len(outputs[0])} sample frames: {agreement}")
 
 

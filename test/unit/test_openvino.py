@@ -215,8 +215,9 @@ def test_an_engine_that_no_longer_gives_what_it_gave_is_refused(
 
     monkeypatch.setattr(OpenVinoBackend, "_run", other)
     who = "fp32 at an earlier start" if precision == "fp32" else "openvino:CPU:fp32"
-    with pytest.raises(BackendUnavailable, match=f"disagrees with {who} on 16 sample frames"):
+    with pytest.raises(BackendUnavailable, match=f"disagrees with {who} on 16 sample frames") as refused:
         opened_in(card, precision)
+    assert ("remove the folder surg_perception/openvino" in str(refused.value)) == (precision == "fp32")
 
 
 @pytest.mark.parametrize("damage", ["bit", "foreign", "shape"])
