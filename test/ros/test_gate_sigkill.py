@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The example consumer beside a pipeline that is killed, stopped and changed: real processes, real DDS.
 
-The figures that are printed (`pytest -s`) are this machine's now; docs/consumer.md has those of a quiet one.
+The figures that are printed (`pytest -s`) are this machine's now; docs/consumer.md has those of the default parameters.
 """
 
 from __future__ import annotations
