@@ -25,7 +25,7 @@ from rclpy.signals import SignalHandlerOptions
 from surg_perception.data.bag_writer import BagWriter, Qos
 from surg_perception.data.bags import IMAGE_TYPES
 from surg_perception.data.deidentify import Rectangle, Shown
-from surg_perception.data.recorded_messages import PrivateMessages, SharedMessages
+from surg_perception.data.recorded_messages import EPOCH_NS, PrivateMessages, SharedMessages
 
 try:
     from rclpy.event_handler import SubscriptionEventCallbacks, UnsupportedEventTypeError
@@ -335,6 +335,9 @@ class _Sink:
     def _finish(self) -> None:
         try:
             self._bag.close()
+            if self._options.share and self._options.shift_times:
+                for path in (*self._bag.folder.iterdir(), self._bag.folder):  # an archive would tell their dates
+                    os.utime(path, ns=(EPOCH_NS, EPOCH_NS))
         except OSError as error:
             self.fault = self.fault or f"{self._bag.folder} cannot be finished: {error.strerror or error}"
         self.bytes = self._bag.bytes_written

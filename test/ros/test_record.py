@@ -22,6 +22,7 @@ pytest.importorskip("rclpy", reason="ROS 2 is not in the environment: `source se
 from conftest import Graph, wait_until
 from images import jpeg_image, raw_image, stamped
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.serialization import serialize_message
 from rosbags.interfaces import QosDurability, QosReliability
 from rosbags.rosbag2 import Reader
 from sensor_msgs.msg import CompressedImage, Image
@@ -218,6 +219,17 @@ def test_large_messages_that_are_no_images_do_not_fill_memory_and_leave_room_for
     go_on.set()
     sink.close()
     assert sink._queued_bytes == [0, 0]
+
+
+def test_the_files_of_a_shared_recording_do_not_tell_its_date(tmp_path: Path) -> None:
+    sink = recorder._Sink(options(tmp_path / "bag", share=True))
+    sink.names["/phase"] = "/surg_perception/phase/phase"
+    sink.take("/phase", "surg_perception_msgs/msg/SurgicalPhase", bytes(serialize_message(SurgicalPhase())))
+    sink.close()
+    assert sink.counts == {"/surg_perception/phase/phase": 1}
+    paths = [tmp_path / "bag", *(tmp_path / "bag").iterdir()]
+    assert {path.name for path in paths} == {"bag", "bag_0.mcap", "metadata.yaml"}
+    assert {path.stat().st_mtime for path in paths} == {946_684_800}
 
 
 def test_it_ends_before_the_disk_is_full_and_leaves_a_whole_bag(
