@@ -107,10 +107,11 @@ def look_at_graph(namespace: str, image: str, seconds: float, processes: tuple[P
     """
     asked = pickle.dumps((namespace, image, seconds, processes))
     command = [sys.executable, "-m", "surg_perception.nodes.doctor"]
+    limit_s = 2 * seconds + LIMIT_S  # it listens again where something was discovered only meanwhile
     try:
-        done = subprocess.run(command, input=asked, capture_output=True, timeout=seconds + LIMIT_S, check=False)
+        done = subprocess.run(command, input=asked, capture_output=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
-        raise GraphUnseen(f"the middleware did not let go within {seconds + LIMIT_S:.0f} s") from None
+        raise GraphUnseen(f"the middleware did not let go within {limit_s:.0f} s") from None
     said = done.stderr.decode(errors="replace").strip()
     if done.returncode:
         lines = [line for line in said.splitlines() if "error" in line.lower()] or [f"exit status {done.returncode}"]

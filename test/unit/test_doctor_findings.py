@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from surg_perception.cli import doctor
 from surg_perception.diagnosis import findings, machine
 from surg_perception.diagnosis.findings import ERROR, OK, WARNING, Finding, examine
 from surg_perception.diagnosis.snapshot import (
@@ -597,3 +598,16 @@ def test_without_ros_it_says_how_to_source_and_looks_at_models(tmp_path: Path) -
     assert "source setup.bash" in said["ros.environment"].fix
     assert said["model"].level == OK
     assert said["engine.trial"].level == OK
+
+
+def test_time_to_listen_twice_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        limits.append(options["timeout"])
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(doctor.subprocess, "run", run)
+    with pytest.raises(doctor.GraphUnseen, match="did not let go within"):
+        doctor.look_at_graph("", "", 60.0, ())
+    assert limits[0] > 2 * 60.0 + 2 * 13.0, "discovery and questions come twice as well"
