@@ -7,6 +7,7 @@ SQLite journal, so the files are walked here; records are parsed by mcap, pages 
 
 from __future__ import annotations
 
+import bz2
 import errno
 import heapq
 import itertools
@@ -702,10 +703,25 @@ class Ros1File(StorageFile):
             try:
                 self._handle = Reader(self._plain_path())
                 self._handle.open()
+                for place, chunk in self._handle.chunks.items():
+                    unpack = partial(_unpack_ros1_chunk, chunk.decompressor)
+                    self._handle.chunks[place] = chunk._replace(decompressor=unpack)
             except Exception as error:  # as above
                 self._handle = None
                 raise BagError(f"{self.path} cannot be read: {error}; `rosbag reindex` may repair it") from error
         return self._handle
+
+
+def _unpack_ros1_chunk(unlimited: Callable[[bytes], bytes], data: bytes) -> bytes:
+    """What rosbags' function makes of a chunk; a few bytes that would fill the memory are damage."""
+    for magic, kind in ((b"BZh", bz2.BZ2Decompressor), (b"\x04\x22\x4d\x18", lz4.frame.LZ4FrameDecompressor)):
+        if data.startswith(magic):
+            frame = kind()
+            plain: bytes = frame.decompress(data, MAX_CHUNK_BYTES)
+            if not frame.eof:
+                raise ValueError(f"a chunk is cut, or has more than {MAX_CHUNK_BYTES} bytes")
+            return plain
+    return unlimited(data)
 
 
 def _ros1_channel(connection: Any) -> Channel:

@@ -143,10 +143,13 @@ def write_database(path, messages, *, schema=2, index=True, journal="delete", en
     return connection
 
 
-def write_ros1(path, frames, topic="/image", encoding="bgr8"):
+def write_ros1(path, frames, topic="/image", encoding="bgr8", compression=None):
     """A ROS 1 .bag file."""
     store = get_typestore(Stores.ROS1_NOETIC)
-    with Ros1Writer(path) as writer:
+    writer = Ros1Writer(path)
+    if compression:
+        writer.set_compression(Ros1Writer.CompressionFormat[compression])
+    with writer:
         connections = {}
         for bgr, stamp_ns in zip(frames, stamps_of(len(frames)), strict=True):
             message = image_message(bgr, stamp_ns, encoding, store)

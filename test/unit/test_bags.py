@@ -737,6 +737,16 @@ def test_metadata_that_is_no_file_or_endless_is_told_and_not_waited_for(tmp_path
         assert "is not readable" in read(tmp_path)[1]["metadata"].text
 
 
+@pytest.mark.parametrize("compression", ["BZ2", "LZ4"])
+def test_chunks_of_ros1_are_unpacked_up_to_a_limit(tmp_path, monkeypatch, compression):
+    path = bag_files.write_ros1(tmp_path / "a.bag", FRAMES, compression=compression)
+    assert numbers(read(path)[0]) == list(range(10))
+    monkeypatch.setattr(bag_storage, "MAX_CHUNK_BYTES", 5000)
+    images, problems = read(path)
+    assert images == []
+    assert "more than 5000 bytes" in problems["damaged"].text
+
+
 def test_an_index_longer_than_any_chunk_is_not_loaded(tmp_path, monkeypatch):
     path = bag_files.write_mcap(tmp_path / "a.mcap", image_messages(FRAMES))
     data = bytearray(path.read_bytes())
