@@ -52,6 +52,9 @@ _ROS1_MAGIC = b"#ROSBAG V2.0"
 class BagError(ValueError):
     """A bag that cannot be read at all. The text is one line: what was found, what was expected, what to do."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(_one_line(text))
+
 
 @dataclass(frozen=True)
 class BagProblem:
@@ -64,6 +67,11 @@ class BagProblem:
     kind: str
     text: str
     count: int
+
+
+def _one_line(text: str) -> str:
+    """Names in a bag may hold line ends and what a terminal obeys."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 class Channel(NamedTuple):
@@ -103,7 +111,7 @@ class Problems:
             if (kind, *place) in self._places:
                 return
             self._places.add((kind, *place))
-        self._texts.setdefault(kind, text)
+        self._texts.setdefault(kind, _one_line(text))
         self._counts[kind] += 1
 
     def __iter__(self) -> Iterator[BagProblem]:
@@ -573,12 +581,13 @@ class SqliteFile(StorageFile):
 
     def _load(self, log_ns: int, row: int, channel: Channel) -> list[Record]:
         try:
-            found = self._connection().execute("SELECT data FROM messages WHERE id = ?", (row,)).fetchone()
+            query = "SELECT data FROM messages WHERE id = ? AND length(data) <= ?"
+            found = self._connection().execute(query, (row, MAX_CHUNK_BYTES)).fetchone()
         except sqlite3.Error as error:
             self._damaged(row, f"message {row}: {error}")
             return []
         if found is None or not isinstance(found[0], bytes):
-            self._damaged(row, f"message {row} has no bytes")
+            self._damaged(row, f"message {row} has no bytes, or more than {MAX_CHUNK_BYTES}")
             return []
         return [Record(log_ns, channel, found[0])]
 

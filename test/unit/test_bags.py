@@ -737,6 +737,22 @@ def test_metadata_that_is_no_file_or_endless_is_told_and_not_waited_for(tmp_path
         assert "is not readable" in read(tmp_path)[1]["metadata"].text
 
 
+def test_names_cannot_break_the_line_or_steer_the_terminal(tmp_path):
+    note = "/note\n\x1b[2J"
+    path = bag_files.write_mcap(tmp_path / "a.mcap", [(note, string_message("x"), START_NS)])
+    text = fails(path)
+    assert "/note" in text
+    assert text.isprintable()
+
+
+def test_a_row_larger_than_any_message_is_damage(tmp_path, monkeypatch):
+    bag_files.write_database(tmp_path / "a.db3", image_messages(FRAMES)).close()
+    monkeypatch.setattr(bag_storage, "MAX_CHUNK_BYTES", 1000)
+    images, problems = read(tmp_path / "a.db3")
+    assert images == []
+    assert "more than 1000" in problems["damaged"].text
+
+
 @pytest.mark.parametrize("compression", ["BZ2", "LZ4"])
 def test_chunks_of_ros1_are_unpacked_up_to_a_limit(tmp_path, monkeypatch, compression):
     path = bag_files.write_ros1(tmp_path / "a.bag", FRAMES, compression=compression)
