@@ -285,7 +285,9 @@ def test_a_shared_recording_holds_no_name_of_the_room_and_refuses_what_it_cannot
     assert all(message.header.stamp.sec < 946684800 + 120 for messages in found.values() for message in messages)
     for path in (tmp_path / "bag").iterdir():
         content = path.read_bytes()
-        for name in (b"or_3", b"Miller", b"millers", os.uname().nodename.encode(), str(tmp_path).encode()):
+        host = os.uname().nodename.encode()
+        # Two or three letters are somewhere in the pictures' bytes by chance.
+        for name in (b"or_3", b"Miller", b"millers", str(tmp_path).encode(), *([host] if len(host) > 4 else [])):
             assert name not in content, (path, name)
 
 
