@@ -253,7 +253,7 @@ def _problems(progress: Progress, asked: set[str]) -> list[str]:
     if progress.lost:
         lines.append(f"{progress.lost} messages were lost on their way here (docs/large_images.md)")
     for reason, count in progress.unreadable.items():
-        lines.append(f"{count} images were left out: {reason}")
+        lines.append(f"{count} messages were left out: {reason}")
     for topic, reason in progress.refused.items():
         lines.append(f"not recorded: {reason if topic in reason else f'{topic}: {reason}'}")
     if progress.messages:

@@ -40,7 +40,7 @@ class PrivateMessages:
         jpeg_quality: 1 to 100; 0 keeps raw images.
 
     Attributes:
-        unreadable: images that could not be decoded and were left out, by the reason.
+        unreadable: messages and images that could not be decoded and were left out, by the reason.
     """
 
     def __init__(self, jpeg_quality: int = 90) -> None:
@@ -58,8 +58,8 @@ class PrivateMessages:
         name, kept_type = self.outgoing(topic, msgtype)
         if kept_type == msgtype:
             return Recorded(name, msgtype, log_ns, raw)
-        image: Any = typestore().deserialize_cdr(raw, msgtype)
-        picture = _decoded(image, self.unreadable)
+        image = _read(topic, msgtype, raw, self.unreadable)
+        picture = None if image is None else _decoded(image, self.unreadable)
         if picture is None:
             return None
         return Recorded(name, kept_type, log_ns, _jpeg_message(picture, image.header, self._quality))
@@ -129,7 +129,9 @@ class SharedMessages:
     def __call__(self, topic: str, msgtype: str, log_ns: int, raw: bytes) -> Recorded | None:
         """The message as it is written; None where it is left out."""
         name, kept_type = self.outgoing(topic, msgtype)
-        message: Any = typestore().deserialize_cdr(raw, msgtype)
+        message = _read(topic, msgtype, raw, self.unreadable)
+        if message is None:
+            return None
         if self._log_shift_ns is None:
             self._log_shift_ns = EPOCH_NS - log_ns if self._shift_times else 0
         if hasattr(message, "header"):
@@ -189,6 +191,15 @@ _CLEANERS: dict[str, Callable[[Any, Callable[[Any], None]], None]] = {
     f"{MESSAGES}/msg/Novelty": _clean_novelty,
     f"{MESSAGES}/msg/QuestionAnswer": _clean_answer,
 }
+
+
+def _read(topic: str, msgtype: str, raw: bytes, unreadable: Counter[str]) -> Any:
+    """The message; None, counted, where its bytes are not what its type says (another version of it, say)."""
+    try:
+        return typestore().deserialize_cdr(raw, msgtype)
+    except Exception as error:  # of many kinds; the recording must go on
+        unreadable[f"{topic}: no {msgtype}, or one of another version ({type(error).__name__})"] += 1
+        return None
 
 
 def _decoded(image: Any, unreadable: Counter[str]) -> Bgr | None:

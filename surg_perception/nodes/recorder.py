@@ -94,7 +94,7 @@ class Progress:
         images: written.
         dropped: messages that came faster than they could be encoded and written.
         lost: messages that did not reach the recorder, as far as the middleware reports it.
-        unreadable: images that could not be decoded, by the reason.
+        unreadable: messages and images that could not be decoded, by the reason.
         shown: images of a shared recording by what became of them; empty otherwise.
         refused: topics that cannot be recorded, with the reason.
         missing: topics that were wanted and from which nothing came.

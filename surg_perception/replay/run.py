@@ -13,7 +13,7 @@ from surg_perception.nodes.parameter_table import PHASE, VQA
 from surg_perception.replay.golden import Comparison, Golden, plot
 from surg_perception.replay.parameters import check_assignments, node_values
 from surg_perception.replay.questions import QuestionReplay, read_plan
-from surg_perception.replay.session import REJECTED, PhaseReplay, Replayed, replay
+from surg_perception.replay.session import PhaseReplay, Replayed, replay
 from surg_perception.runtime.backend import default_threads
 
 RESULTS = ("bag", "results.jsonl", "phases.png", "differences.txt", "launch.log")
@@ -112,11 +112,10 @@ def run_replay(
             )
         finally:
             phases.close()
-    outcome = conclude(replayed, out, golden, expected, update)
-    if not replayed.interrupted and all(frame.state == REJECTED for frame in replayed.frames):
+    if not replayed.interrupted and all(frame.error for frame in replayed.frames):
         reason = f": {replayed.frames[0].error}" if replayed.frames else ""
-        raise ReplayFailed(f"none of the {len(replayed.frames)} images of {replayed.topic} can be used{reason}")
-    return outcome
+        raise ReplayFailed(f"none of the {len(replayed.frames)} images of {replayed.topic} has a phase{reason}")
+    return conclude(replayed, out, golden, expected, update)
 
 
 def conclude(

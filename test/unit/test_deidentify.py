@@ -328,3 +328,14 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_counted(surgery):
         ((reason, count),) = messages.unreadable.items()
         assert "data has 5 bytes" in reason
         assert count == 1
+
+
+def test_a_message_that_is_not_what_its_type_says_is_left_out_and_counted():
+    share, kind = SharedMessages(NAMES), f"{OURS}/SurgicalPhase"
+    for messages, topic, msgtype in (
+        (share, "/or_3/phase", kind),
+        (PrivateMessages(), "/image", "sensor_msgs/msg/Image"),
+    ):
+        assert messages(topic, msgtype, START, b"\x00\x01\x00\x00\xff\xff") is None
+        ((reason, count),) = messages.unreadable.items()
+        assert (count, reason.startswith(f"{topic}: no {msgtype}")) == (1, True)

@@ -150,8 +150,10 @@ def test_the_bag_that_is_replayed_is_never_replaced(tmp_path: Path) -> None:
 
 def test_a_bag_without_a_usable_image_is_an_error(tmp_path: Path) -> None:
     broken = write_phantom_bag(tmp_path / "bag", duration_s=2.0, instead=dict.fromkeys(range(10), b"no jpeg"))
-    with pytest.raises(ValueError, match=r"none of the 10 images of .* can be used: "):
-        run_replay(broken, tmp_path / "out", model=MODEL)
+    golden = tmp_path / "golden.yaml"
+    with pytest.raises(ValueError, match=r"none of the 10 images of .* has a phase: "):
+        run_replay(broken, tmp_path / "out", model=MODEL, golden=golden, update=True)
+    assert not golden.exists()
     with pytest.raises(BagError):
         run_replay(tmp_path / "nothing", tmp_path / "out2", model=MODEL)
 
