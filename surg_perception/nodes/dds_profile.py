@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ament_index_python.packages import get_package_share_directory
@@ -34,6 +36,25 @@ def profile_environment(cameras: int = 1) -> tuple[dict[str, str], str]:
         return {}, f"Fast DDS profile of the environment is used: {os.environ[chosen[0]]}"
     profile, note = _sized_profile(6 * cameras)
     return dict.fromkeys(VARIABLES, str(profile)), note
+
+
+@contextmanager
+def loaded_profile() -> Iterator[str]:
+    """The profile for the participants that this process makes meanwhile; gives what to tell the user.
+
+    It is read when a participant is made, and is no business of a process that is started later.
+    """
+    variables, note = profile_environment()
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield note
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _sized_profile(processes: int) -> tuple[Path, str]:

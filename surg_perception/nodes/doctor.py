@@ -43,7 +43,7 @@ from surg_perception.diagnosis.snapshot import (
     Status,
     Topic,
 )
-from surg_perception.nodes.dds_profile import profile_environment
+from surg_perception.nodes.dds_profile import loaded_profile
 from surg_perception.nodes.parameter_table import TABLES
 from surg_perception.stream.image_decode import ImageError, decode_image
 from surg_perception.stream.phase_pipeline import PhaseState
@@ -94,8 +94,7 @@ def look(namespace: str, image: str, seconds: float, processes: Iterable[Process
 @contextmanager
 def _participant(domain: int | None) -> Iterator[tuple[Any, Any]]:
     # Large images would not reach the doctor otherwise, as they do not reach a node without it.
-    os.environ.update(profile_environment()[0])
-    with ExitStack() as undo:
+    with loaded_profile(), ExitStack() as undo:
         context = rclpy.Context()
         rclpy.init(context=context, domain_id=domain)
         undo.callback(rclpy.try_shutdown, context=context)

@@ -27,7 +27,7 @@ from surg_perception_msgs.msg import LatentFeatures, PhaseLabels, SurgicalPhase
 
 from surg_perception.data.bags import BagError, BagImage, BagReader
 from surg_perception.nodes.ask_client import counted_interrupts
-from surg_perception.nodes.dds_profile import profile_environment
+from surg_perception.nodes.dds_profile import loaded_profile
 from surg_perception.nodes.lifecycle import stamp_ns
 
 Wait = Callable[[Callable[[], Any], float], Any]
@@ -202,13 +202,8 @@ def _joined(
     The latter gives the condition's last value, and raises KeyboardInterrupt after Ctrl-C and what `check` raises.
     """
     with counted_interrupts() as interrupts, ExitStack() as undo:
-        environment, note = profile_environment()
-        if note:
+        if note := undo.enter_context(loaded_profile()):
             tell(note)
-        # Read once in a process, when its first participant is made; it is nobody else's business afterwards.
-        for name in environment:
-            undo.callback(os.environ.pop, name, None)
-        os.environ.update(environment)
         context = rclpy.Context()
         rclpy.init(context=context, signal_handler_options=SignalHandlerOptions.NO)
         undo.callback(rclpy.shutdown, context=context)

@@ -420,7 +420,9 @@ def test_a_camera_in_another_domain(patient: Patient, processes: Any, domain: in
     here = machine()
     mine = tuple(p for p in here.processes if p.pid == process.pid)
     here = type(here)(environment=here.environment, processes=mine)
+    before = dict(os.environ)
     found = examine(Snapshot(here, doctor.look("", "", SECONDS, mine)))
+    assert os.environ == before
     finding = next(f for f in found if f.check == "dds.domain")
     assert finding.fix == f"export ROS_DOMAIN_ID={other}"
     assert f"process {process.pid}" in finding.text
